@@ -1,0 +1,261 @@
+"""Files of a run: base weights, adapters and training state. Safe to read, written whole or not.
+
+An adapter file is `.safetensors` with exactly the trained tensors, and one metadata entry,
+`adapter`: JSON that says what they are and which base they belong to. Nothing is unpickled.
+"""
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from errors import InputError
+from files import replacing
+from model import MODEL_CARDS, GPT2Config, GPT2LMModel, canonical_names
+
+FORMAT_VERSION = 1
+BASE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors`, `.bin` or `.pt` file, or of a model folder, on the CPU.
+
+    Raises:
+        InputError: the file is absent, damaged, or holds anything but tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in BASE_FILES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{path} holds neither {' nor '.join(BASE_FILES)}")
+        path = found[0]
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; scripts/ has the download of GPT-2's weights")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)[1]
+    state = _read_pickle(path)
+    state = state.get("model_state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(torch.is_tensor(t) for t in state.values()):
+        raise InputError(f"{path} is not a file of named tensors")
+    return dict(state)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors and plain values, or is damaged; it was refused and "
+            "nothing in it was run"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def base_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 over canonical names, shapes and fp32 values of the base, adapter tensors left out.
+
+    Equal weights agree whatever file format, names or precision hold them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(canonical_names(state).items()):
+        if "lora_" not in name:
+            digest.update(f"{name}{list(tensor.shape)}".encode())
+            values = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
+            digest.update(memoryview(values.numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def model_config(card: str, state: Mapping[str, Tensor] | None, **settings) -> GPT2Config:
+    """The shape that `--model_card` names, with vocabulary and positions of the base `state`.
+
+    Args:
+        state: canonical names, or None for random weights of the card's own sizes.
+        settings: fields of `GPT2Config` that rule over both.
+    """
+    if card not in MODEL_CARDS:
+        raise InputError(f"--model_card {card} is unknown; give one of {', '.join(MODEL_CARDS)}")
+    shape = dict(MODEL_CARDS[card])
+    if state is not None:
+        for field, name in (("vocab_size", "wte"), ("n_positions", "wpe")):
+            if f"transformer.{name}.weight" in state:
+                shape[field] = state[f"transformer.{name}.weight"].size(0)
+    return GPT2Config(**shape | settings)
+
+
+def read_base(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a base checkpoint under canonical names."""
+    try:
+        state = canonical_names(read_tensors(path))
+    except InputError as error:
+        raise InputError(f"--init_checkpoint {path}: {error}") from error
+    if state and all("lora_" in name for name in state):
+        raise InputError(
+            f"--init_checkpoint {path} holds an adapter without its base; give the base by "
+            "--init_checkpoint and this file by --adapter"
+        )
+    return state
+
+
+def load_base(model: GPT2LMModel, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load what `read_base` gave; errors name the file."""
+    try:
+        model.load_weight(state)
+    except InputError as error:
+        raise InputError(f"--init_checkpoint {path}: {error}") from error
+
+
+def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], header: dict) -> None:
+    """Write trained tensors with their header; equal content gives equal bytes."""
+    metadata = {"adapter": json.dumps(header, sort_keys=True)}
+    state = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    data = safetensors.torch.save(state, metadata)
+    with replacing(path, "wb") as file:
+        file.write(data)
+
+
+def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
+    """Header and tensors of an adapter file, or of the newest one in a run's work_dir.
+
+    Original `.pt` adapters have no header: None is returned in its place.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = newest_adapter(path)
+    if path.suffix != ".safetensors":
+        return None, canonical_names(read_tensors(path))
+    if not path.is_file():
+        raise InputError(f"--adapter {path} does not exist")
+    metadata, tensors = _read_safetensors(path)
+    try:
+        header = json.loads(metadata["adapter"])
+        version = header["format"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"--adapter {path} has no adapter header; was it made here?") from error
+    if version != FORMAT_VERSION:
+        raise InputError(f"--adapter {path} has format {version}, this program reads 1")
+    return header, tensors
+
+
+def newest_adapter(work_dir: str | Path) -> Path:
+    """The `model.{step}.safetensors` of the highest step in a folder."""
+    files = {
+        int(match[1]): path
+        for path in Path(work_dir).glob("model.*.safetensors")
+        if (match := re.fullmatch(r"model\.(\d+)\.safetensors", path.name))
+    }
+    if not files:
+        raise InputError(f"--adapter {work_dir} holds no model.STEP.safetensors")
+    return files[max(files)]
+
+
+def load_for_decoding(args: argparse.Namespace) -> tuple[GPT2LMModel, dict | None]:
+    """The model that `--init_checkpoint` and `--adapter` describe, merged, in eval mode on
+    `args.device`, and the adapter's header (None without one).
+
+    An adapter's own header rules. Where there is none (the original's files), the rank is read off
+    the tensors and `--lora_alpha` is needed.
+
+    Raises:
+        InputError: the base is missing or is another than the adapter was trained on, a flag
+            contradicts the header, or a tensor does not fit.
+    """
+    if not args.init_checkpoint:
+        raise InputError("--init_checkpoint is missing: an adapter means nothing without its base")
+    base = read_base(args.init_checkpoint)
+    header, tensors = read_adapter(args.adapter) if args.adapter else (None, {})
+    if header is None:
+        settings = _settings_from_tensors({**base, **tensors}, args)
+        card = args.model_card or "gpt2.md"
+    else:
+        settings, card = _settings_from_header(header, args), header["model_card"]
+        if base_fingerprint(base) != header["base"]["fingerprint"] and not args.allow_other_base:
+            raise InputError(
+                f"--init_checkpoint {args.init_checkpoint} is not the base that the adapter was "
+                f"trained on ({header['base']['name']}); give that one, or --allow_other_base"
+            )
+    model = GPT2LMModel(model_config(card, base, **settings))
+    load_base(model, base, args.init_checkpoint)
+    apply_trained(model, tensors, args.adapter)
+    return merge(model).to(args.device), header
+
+
+def _settings_from_header(header: dict, args: argparse.Namespace) -> dict:
+    for flag, field in (("lora_dim", "r"), ("lora_alpha", "alpha"), ("model_card", "model_card")):
+        given = getattr(args, flag)
+        if given is not None and given != header[field]:
+            raise InputError(
+                f"--{flag} {given} contradicts the adapter, which was trained with "
+                f"{header[field]}; leave the flag out"
+            )
+    return {"lora_attn_dim": header["r"], "lora_attn_alpha": header["alpha"] or 1}
+
+
+def _settings_from_tensors(state: Mapping[str, Tensor], args: argparse.Namespace) -> dict:
+    pairs = {name: t for name, t in state.items() if name.endswith("c_attn.lora_A")}
+    if not pairs:
+        return {}
+    if args.lora_alpha is None:
+        raise InputError("these files do not say which alpha the adapter has; give --lora_alpha")
+    rank = next(iter(pairs.values())).size(0) // 2
+    if args.lora_dim not in (None, rank):
+        raise InputError(f"--lora_dim {args.lora_dim} contradicts the adapter's rank {rank}")
+    return {"lora_attn_dim": rank, "lora_attn_alpha": args.lora_alpha}
+
+
+def apply_trained(model: GPT2LMModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Put an adapter file's tensors into a model; each must be known and fit.
+
+    Raises:
+        InputError: names the file and the tensor; also where some adapter tensors are missing.
+    """
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            expected = list(own[name].shape) if name in own else "no such tensor"
+            raise InputError(
+                f"--adapter {path}: tensor {name} of shape {list(tensor.shape)} does not fit the "
+                f"model, which has {expected}"
+            )
+    missing = [name for name in own if "lora_" in name and name not in tensors]
+    if tensors and missing:
+        raise InputError(f"--adapter {path} lacks {len(missing)} tensors, first {missing[0]}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def merge(model: GPT2LMModel) -> GPT2LMModel:
+    """The model in eval mode with every adapter folded into its layer's weight."""
+    for module in model.modules():
+        if hasattr(module, "merge_weights"):
+            module.merge_weights = True
+    return model.eval()
+
+
+def save_training_state(path: str | Path, state: dict) -> None:
+    """Write all that a run needs to go on; tensors and plain values only."""
+    with replacing(path, "wb") as file:
+        torch.save(state, file)
+
+
+def read_training_state(path: str | Path) -> dict:
+    """What `save_training_state` wrote."""
+    state = _read_pickle(Path(path))
+    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
+        raise InputError(f"--resume {path} is not a training state of this program")
+    return state

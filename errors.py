@@ -1,0 +1,21 @@
+"""What the user can mend: one sentence on stderr and exit code 2, never a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """A mistake in the user's input. Its text is one sentence that names the file, line, tensor or
+    flag at fault and says what to do about it."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit: its return value, or 2 after printing an `InputError`.
+
+    Any other exception is a fault of the program and keeps its traceback.
+    """
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,344 @@
+"""Fine-tune GPT-2 with LoRA: arguments, data, model, training, adapter checkpoints.
+
+    torchrun gpt2_ft.py --lora_dim 4 --lora_alpha 32          the shipped sample and nano base
+    python gpt2_ft.py --train_data train.jsonl --valid_data valid.jsonl --vocab vocab \\
+        --model_card gpt2.md --init_checkpoint gpt2-medium/model.safetensors --work_dir runs/e2e
+
+Defaults are the E2E recipe of the LoRA paper (arXiv 2106.09685, table 11). A step is an optimizer
+step everywhere; the global batch is train_batch_size x grad_acc x number of processes.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import gpu
+from data_utils import FT_Dataset
+from errors import InputError
+from errors import run as run_program
+from model import MODEL_CARDS
+from optimizer import add_optimizer_params
+from run_log import RunLog, choose_work_dir, lock, release
+from run_setup import DEFAULT_EPOCHS, prepare
+from run_state import Run, find_state, save, write_adapter
+
+ROOT = Path(__file__).resolve().parent
+SAMPLE = ROOT / "data" / "sample" / "settings.json"
+SAMPLE_PATHS = ("train_data", "valid_data", "init_checkpoint", "vocab")
+DROPPED_FLAGS = [
+    "--roll_interval",
+    "--roll_lr",
+    "--roll_step",
+    "--eval_epoch",
+    "--rank",
+    "--world_size",
+]
+
+
+class DroppedFlag(argparse.Action):
+    """Refuses a flag that the original scripts parsed and never read."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        raise InputError(f"{option_string} never had an effect and was dropped; leave it out")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag, with the E2E recipe as defaults."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help lists them",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    gpu.add_gpu_params(parser)
+    add_optimizer_params(parser)
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data", help="JSONL of {context, completion}, text or token ids")
+    add("--valid_data", help="the same; without it nothing is validated")
+    add("--vocab", help="folder of the vocabulary; needed for text rows")
+    add("--seq_len", type=int, default=512, help="longest sequence (default: %(default)s)")
+    add("--obj", choices=("clm", "jlm"), default="clm", help="loss on completions, or on all")
+    add = parser.add_argument_group("model").add_argument
+    add("--model_card", default="gpt2.md", help=f"{', '.join(MODEL_CARDS)} (default: %(default)s)")
+    add("--init_checkpoint", help="base weights: file or folder; none for random ones")
+    add("--lora_dim", type=int, default=4, help="rank r; 0 trains all weights (default: 4)")
+    add("--lora_alpha", type=float, default=32, help="scaling is alpha / r (default: 32)")
+    add("--lora_dropout", type=float, default=0.1, help="on the adapter's input (default: 0.1)")
+    add = parser.add_argument_group("training").add_argument
+    add("--train_batch_size", type=int, default=8, help="rows per process and micro-batch")
+    add("--valid_batch_size", type=int, default=4, help="no effect on the result")
+    add("--grad_acc", type=int, default=1, help="micro-batches per step (default: 1)")
+    add("--clip", type=float, default=0.0, help="largest gradient norm; 0 for no limit")
+    add("--label_smooth", type=float, default=0.1, help="in training only (default: 0.1)")
+    add("--max_step", type=int, help="stop after this many steps")
+    add("--max_epoch", type=int, help=f"default: {DEFAULT_EPOCHS}, or --max_step if given")
+    add("--max_bad_steps", type=int, default=25, help="give up after so many non-finite steps")
+    add = parser.add_argument_group("output").add_argument
+    add("--work_dir", help="default: the first free runs/NNN")
+    add("--log_interval", type=int, default=100, help="in steps (default: %(default)s)")
+    add("--eval_interval", type=int, default=2000, help="in steps, and after each epoch")
+    add("--save_interval", type=int, default=500, help="in steps, and after each epoch")
+    add("--resume", help="auto, or a work_dir: go on from its last save")
+    add("--resume_anyway", action="store_true", help="though settings that matter have changed")
+    for flag in DROPPED_FLAGS:
+        parser.add_argument(
+            flag, action=DroppedFlag, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments, with the sample's own settings where neither data nor base is given."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.uses_sample = not (args.train_data or args.init_checkpoint)
+    if args.uses_sample:
+        sample = json.loads(SAMPLE.read_text(encoding="utf-8"))
+        paths = {key: str(ROOT / sample[key]) for key in SAMPLE_PATHS}
+        parser.set_defaults(**sample | paths, uses_sample=True)
+        args = parser.parse_args(argv)
+    _check_args(args)
+    return args
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    if not args.train_data:
+        raise InputError("--train_data is missing; give a JSONL file of {context, completion}")
+    if not args.init_checkpoint:
+        raise InputError(
+            "--init_checkpoint is missing; give the base weights, or none for random ones"
+        )
+    least = {
+        "train_batch_size": 1, "valid_batch_size": 1, "grad_acc": 1, "seq_len": 2, "lora_dim": 0,
+        "log_interval": 1, "eval_interval": 1, "save_interval": 1, "max_bad_steps": 1, "clip": 0,
+        "max_step": 1, "max_epoch": 1, "lr": 0, "weight_decay": 0,
+    }  # fmt: skip
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= bound:
+            raise InputError(f"--{name} {value} must be at least {bound}")
+    for name in ("lora_dropout", "label_smooth", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} must be in [0, 1)")
+    if args.lora_dim and not args.lora_alpha > 0:
+        raise InputError(f"--lora_alpha {args.lora_alpha} must be above 0")
+
+
+def train_validate(run: Run, epoch: int) -> None:
+    """Train what is left of one epoch, logging, validating and saving on the way."""
+    args = run.args
+    done = run.window - (epoch - 1) * run.sampler.steps_per_epoch
+    started, tokens = time.perf_counter(), 0
+    for rows in run.sampler.steps(epoch, start=done):
+        if run.step == args.max_step:
+            break
+        loss, counted, norm = optimizer_step(run, rows)
+        run.window += 1
+        if not math.isfinite(norm):
+            _count_bad_step(run)
+            continue
+        run.step += 1
+        run.bad_steps = 0
+        run.average.update(loss, counted)
+        run.log.advance(loss)
+
+        # What follows only watches and saves; it changes nothing in the training.
+        tokens += int(sum(run.train.lengths[micro].sum() for micro in rows))
+        if run.step % args.log_interval == 0:
+            _log_training(run, epoch, norm, tokens, time.perf_counter() - started)
+            started, tokens = time.perf_counter(), 0
+        if run.step % args.eval_interval == 0:
+            validate(run, epoch)
+        if run.step % args.save_interval == 0:
+            save(run)
+        if run.stopping:
+            save(run)
+            raise SystemExit(128 + (run.signal or signal.SIGTERM))
+    validate(run, epoch)
+    save(run)
+
+
+def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float]:
+    """One step on this rank's micro-batches `rows`, lists of row numbers.
+
+    The loss is Σ loss / Σ mask over all micro-batches of all ranks, whatever their sizes; gradients
+    are reduced in the last micro-batch only.
+
+    Returns:
+        The mean loss of this rank's counted tokens, their number, and the gradient's norm before
+        clipping. Where the norm is not finite nothing was updated.
+    """
+    args = run.args
+    batches = [run.train.batch(micro) for micro in rows] or [_nothing(run.train)]
+    counts = [float(batch["mask"].sum()) for batch in batches]
+    total, signals = gpu.distributed_sum(args, [sum(counts), run.signal])
+    run.stopping = signals > 0
+    losses = []
+    for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        batch = gpu.to_device(args, batch)
+        with gpu.no_sync(run.model, skip=i < len(batches) - 1):
+            with gpu.autocast(args):
+                _, loss = run.model(
+                    batch["input"], batch["target"], batch["mask"], args.label_smooth
+                )
+            # DistributedDataParallel averages over ranks, so each one's share is scaled back up.
+            run.scaler.scale(loss * (count * args.world_size / total)).backward()
+        losses.append(loss.detach() * count)
+
+    run.scaler.unscale_(run.optimizer)
+    parameters = list(run.trained.values())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if torch.isfinite(norm):
+        if args.clip:
+            nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
+        run.scaler.step(run.optimizer)
+        run.scheduler.step()
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return float(sum(losses)) / max(sum(counts), 1), sum(counts), float(norm)
+
+
+def _nothing(data: FT_Dataset) -> dict[str, Tensor]:
+    """A micro-batch of weight 0, for a rank that the last window of an epoch has no row for."""
+    batch = data.batch([0])
+    return batch | {"mask": torch.zeros_like(batch["mask"])}
+
+
+def _count_bad_step(run: Run) -> None:
+    run.bad_steps += 1
+    if run.bad_steps >= run.args.max_bad_steps:
+        raise InputError(
+            f"{run.bad_steps} steps in a row had a loss or gradient that is not finite; lower --lr "
+            f"or leave --fp16 out. {_last_good(run)}"
+        )
+
+
+def _last_good(run: Run) -> str:
+    if run.saved_step < 0:
+        return "Nothing was saved yet"
+    return f"The last good file is {run.adapter_path(run.saved_step)}"
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: FT_Dataset, args: argparse.Namespace) -> tuple[float, float]:
+    """Loss per counted token, without smoothing, and its perplexity.
+
+    Every row counts once, by its tokens: the result does not depend on batch size or processes.
+    """
+    model = gpu.unwrap(model)
+    model.eval()
+    mine = range(args.rank, len(data), args.world_size)
+    loss_sum = count = 0.0
+    for start in range(0, len(mine), args.valid_batch_size):
+        batch = gpu.to_device(args, data.batch(mine[start : start + args.valid_batch_size]))
+        with gpu.autocast(args):
+            _, loss = model(batch["input"], batch["target"], batch["mask"])
+        tokens = float(batch["mask"].sum())
+        loss_sum += float(loss) * tokens
+        count += tokens
+    model.train()
+    loss_sum, count = gpu.distributed_sum(args, [loss_sum, count])
+    loss = loss_sum / count
+    return loss, math.exp(min(loss, 700))
+
+
+def validate(run: Run, epoch: int) -> None:
+    """Evaluate, log, and keep the adapter if it is the best so far; once per step at most."""
+    if run.valid is None or run.validated_step == run.step:
+        return
+    run.validated_step = run.step
+    loss, perplexity = evaluate(run.model, run.valid, run.args)
+    better = loss < run.best_loss
+    if better:
+        run.best_loss, run.best_step = loss, run.step
+        write_adapter(run, "best")
+    mark = ", the best so far" if better else ""
+    run.log.record(
+        "valid",
+        run.step,
+        f"step {run.step:>6}/{run.args.max_step} | epoch {epoch} | valid loss {loss:.4f} | "
+        f"valid ppl {perplexity:.2f}{mark}",
+        loss=loss,
+        ppl=perplexity,
+    )
+
+
+def _log_training(run: Run, epoch: int, norm: float, tokens: int, seconds: float) -> None:
+    args, meter = run.args, run.average
+    loss_sum, count, tokens = gpu.distributed_sum(args, [meter.sum, meter.count, tokens])
+    meter.reset()
+    loss, rate = loss_sum / max(count, 1), run.scheduler.get_last_lr()[0]
+    speed, memory = tokens / seconds, gpu.peak_memory_gb(args)
+    perplexity = math.exp(min(loss, 700))
+    run.log.record(
+        "train",
+        run.step,
+        f"step {run.step:>6}/{args.max_step} | epoch {epoch} | loss {loss:.4f} | "
+        f"ppl {perplexity:.2f} | lr {rate:.2e} | {speed:.0f} tokens/s | {memory:.2f} GB",
+        loss=loss,
+        ppl=perplexity,
+        lr=rate,
+        grad_norm=norm,
+        tokens_per_second=speed,
+        peak_memory_gb=memory,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program with the given or the command line's arguments."""
+    args = parse_args(argv)
+    gpu.parse_gpu(args)
+    try:
+        fine_tune(args)
+    finally:
+        gpu.cleanup(args)
+
+
+def fine_tune(args: argparse.Namespace) -> None:
+    """Set a run up, go through its epochs, and say where the results are."""
+    if args.uses_sample and args.rank == 0:
+        print(
+            "Neither --train_data nor --init_checkpoint given: fine-tuning the shipped nano base "
+            "on the shipped sample. For your own: --train_data FILE --valid_data FILE "
+            "--vocab FOLDER --model_card gpt2.md --init_checkpoint FILE"
+        )
+    args.work_dir = gpu.distributed_gather(args, args.work_dir or choose_work_dir(args.resume))[0]
+    state = find_state(args)
+    held = lock(args.work_dir) if args.rank == 0 else None
+    run = prepare(args, state)
+    stop_on_signals(run)
+    run.log = RunLog(args, run.step)
+    try:
+        for epoch in itertools.count(run.epoch):
+            train_validate(run, epoch)
+            if run.step == args.max_step or epoch == args.max_epoch:
+                break
+    finally:
+        run.log.close()
+        release(held)
+    if args.rank == 0:
+        best = f"; best on validation: {run.adapter_path('best')}" if run.valid else ""
+        print(f"Done. Last adapter: {run.adapter_path(run.step)}{best}")
+
+
+def stop_on_signals(run: Run) -> None:
+    """On SIGTERM or SIGINT finish the step, save and exit 143 or 130; on a second one exit now."""
+
+    def handle(number: int, frame: object) -> None:
+        if run.signal:
+            os._exit(128 + number)
+        run.signal = number
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+if __name__ == "__main__":
+    run_program(main)

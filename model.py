@@ -1,0 +1,335 @@
+"""GPT-2 with low-rank adapters, its sizes, its loss, its decoding cache and its weight loading.
+
+Radford et al. 2019 (GPT-2) and Hu et al. 2021 (LoRA, arXiv 2106.09685, section 4.2).
+
+    B  batch     T  tokens    C  width (n_embd)    H  heads    D  head width, C / H
+    V  vocabulary    K  beams    P  prompt tokens    G  generated tokens    r  rank
+
+Every linear map is a LoRA layer: with rank 0 it is a plain frozen one. Weights are stored as
+GPT-2's published files store them, (in, out), so nothing is transposed on loading.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import loralib as lora
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import InputError
+
+MODEL_CARDS: dict[str, dict[str, int]] = {
+    "gpt2.nano": {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 256,
+        "n_positions": 512,
+        "vocab_size": 2048,
+    },
+    "gpt2.sm": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2.md": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2.lg": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2.xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+
+
+@dataclass
+class GPT2Config:
+    """Shape of the model and of its adapter. `lora_attn_dim` is the rank r, 0 for no adapter."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    lora_attn_dim: int = 0
+    lora_attn_alpha: float = 128
+    lora_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+
+class DecodeCache:
+    """Keys and values of a decoding batch, per layer (B, S, H, D): S slots per context, of which
+    `visible` (B, K, S) says which beam attends to which.
+
+    The prompt's slots come first and every beam sees them; a step adds K slots, one to each beam.
+    So reordering beams moves rows of booleans and never a key, and beams share what they have in
+    common. Slots that no beam sees any more (padding, lost beams) are dropped now and then.
+    """
+
+    STEPS_OF_ROOM = 16
+
+    def __init__(self, lengths: Tensor, width: int) -> None:
+        self.positions = lengths  # of each context's next token, (B,) int64
+        self.visible = (torch.arange(width, device=lengths.device) < lengths[:, None])[:, None]
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def add_slots(self, beams: int) -> Tensor:
+        """Make room for one token of each beam: what each may attend to, (B, 1, K, S) bool."""
+        batch, _, slots = self.visible.shape
+        if slots + beams > self.layers[0][0].size(1):
+            self._gather(torch.arange(batch, device=self.visible.device))
+        own = torch.eye(beams, dtype=torch.bool, device=self.visible.device)
+        self.visible = torch.cat((self.visible, own.expand(batch, -1, -1)), dim=2)
+        self.positions = self.positions + 1
+        return self.visible[:, None]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill the slots added last, (B, K, H, D) each: all keys and values of that layer."""
+        beams, slots = key.size(1), self.visible.size(2)
+        keys, values = self.layers[layer]
+        keys[:, slots - beams : slots] = key
+        values[:, slots - beams : slots] = value
+        return keys[:, :slots], values[:, :slots]
+
+    def reorder(self, parents: Tensor) -> None:
+        """Let beam k of each context continue beam `parents[b, k]`, (B, K) int64."""
+        rows = torch.arange(parents.size(0), device=parents.device)[:, None]
+        self.visible = self.visible[rows, parents]
+
+    def keep(self, contexts: Tensor) -> None:
+        """Drop every context but those of the given indices, (B',) int64."""
+        self.positions = self.positions[contexts]
+        self._gather(contexts)
+
+    def _gather(self, contexts: Tensor) -> None:
+        """Move the given contexts' slots in use into new buffers with room for some steps."""
+        visible = self.visible[contexts]
+        beams = visible.size(1)
+        used = visible.any(dim=1)  # (B', S)
+        count = int(used.sum(dim=1).max())
+        slots = used.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+        self.visible = visible.gather(2, slots[:, None].expand(-1, beams, -1))
+        for layer, pair in enumerate(self.layers):
+            shape = (len(contexts), count + self.STEPS_OF_ROOM * beams, *pair[0].shape[2:])
+            self.layers[layer] = tuple(tensor.new_empty(shape) for tensor in pair)
+            for buffer, tensor in zip(self.layers[layer], pair, strict=True):
+                buffer[:, :count] = tensor[contexts[:, None], slots]
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose fused q, k, v projection adapts q and v (LoRA, section 4.2)."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        width = config.n_embd
+        self.c_attn = lora.MergedLinear(
+            width,
+            3 * width,
+            r=config.lora_attn_dim,
+            lora_alpha=config.lora_attn_alpha,
+            lora_dropout=config.lora_dropout,
+            enable_lora=[True, False, True],
+            fan_in_fan_out=True,
+            merge_weights=False,
+        )
+        self.c_proj = lora.Linear(width, width, fan_in_fan_out=True)
+
+    def forward(self, x: Tensor, cache: DecodeCache | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C); a cache, if given, receives the keys and values."""
+        batch, tokens, width = x.shape
+        heads = self.c_attn(x).view(batch, tokens, 3, self.n_head, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:
+            cache.layers.append((key.transpose(1, 2), value.transpose(1, 2)))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.c_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+    def step(self, x: Tensor, cache: DecodeCache, layer: int, visible: Tensor) -> Tensor:
+        """One new token per beam, (B, K, C) to (B, K, C); `visible` as `cache.add_slots` gives."""
+        batch, beams, width = x.shape
+        query, key, value = self.c_attn(x).view(batch, beams, 3, self.n_head, -1).unbind(2)
+        keys, values = cache.append(layer, key, value)
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), visible
+        )
+        return self.c_proj(mixed.transpose(1, 2).reshape(batch, beams, width))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = lora.Linear(config.n_embd, 4 * config.n_embd, fan_in_fan_out=True)
+        self.c_proj = lora.Linear(4 * config.n_embd, config.n_embd, fan_in_fan_out=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: DecodeCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+    def step(self, x: Tensor, cache: DecodeCache, layer: int, visible: Tensor) -> Tensor:
+        x = x + self.attn.step(self.ln_1(x), cache, layer, visible)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2Model(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, input_ids: Tensor, cache: DecodeCache | None = None) -> Tensor:
+        """Hidden states (B, T, C) of right-padded `input_ids` (B, T), positions from 0."""
+        positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        x = self.wte(input_ids) + self.wpe(positions)
+        for block in self.h:
+            x = block(x, cache)
+        return self.ln_f(x)
+
+    def step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
+        """Hidden states (B, K, C) of one new token per beam, `input_ids` (B, K)."""
+        x = self.wte(input_ids) + self.wpe(cache.positions)[:, None]
+        visible = cache.add_slots(input_ids.size(1))
+        for layer, block in enumerate(self.h):
+            x = block.step(x, cache, layer, visible)
+        return self.ln_f(x)
+
+
+class GPT2LMModel(nn.Module):
+    """GPT-2 with its language-model head, whose weight is the token embedding."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = GPT2Model(config)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C), by the tied embedding."""
+        return F.linear(hidden, self.transformer.wte.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        lm_labels: Tensor | None = None,
+        lm_mask: Tensor | None = None,
+        label_smooth: float = 0.0,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`(logits, None)` without labels, logits (B, T, V); `(None, loss)` with them.
+
+        `input_ids`, `lm_labels` are (B, T) int64, right-padded; the label of a position is the
+        token that follows it. `lm_mask` (B, T) weighs each position, everything counts without it.
+        loss = Σ mask · ((1 - e) · nll + e · mean over V of -log p) / Σ mask, e = `label_smooth`,
+        and 0 where nothing counts. Only counted positions pass through the head, which is most of
+        the work on short completions: that is why no logits come back.
+        """
+        hidden = self.transformer(input_ids)
+        if lm_labels is None:
+            return self.head(hidden), None
+        mask = torch.ones_like(lm_labels, dtype=hidden.dtype) if lm_mask is None else lm_mask
+        counted = mask > 0
+        losses = F.cross_entropy(
+            self.head(hidden[counted]).float(),
+            lm_labels[counted],
+            label_smoothing=label_smooth,
+            reduction="none",
+        )
+        weights = mask[counted].float()
+        return None, (losses * weights).sum() / weights.sum().clamp(min=torch.finfo().tiny)
+
+    def prefill(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, DecodeCache]:
+        """Read right-padded prompts (B, P) of true `lengths` (B,): the logits (B, V) behind each
+        prompt's last token, and the cache from which `step` goes on."""
+        cache = DecodeCache(lengths, input_ids.size(1))
+        hidden = self.transformer(input_ids, cache)
+        rows = torch.arange(lengths.size(0), device=lengths.device)
+        return self.head(hidden[rows, lengths - 1]), cache
+
+    def step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
+        """Logits (B, K, V) behind one new token per beam, `input_ids` (B, K)."""
+        return self.head(self.transformer.step(input_ids, cache))
+
+    def load_weight(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load base weights, with or without an adapter, under any of the names in use.
+
+        Takes what HF's GPT-2 files, the original's `.pt` files and `state_dict()` hold. Adapter
+        tensors may be absent from the file; all else must be there, fit, and be known.
+
+        Raises:
+            InputError: names the first tensors that are missing, unknown or of another shape.
+        """
+        state = canonical_names(state_dict)
+        own = self.state_dict()
+        unknown = sorted(state.keys() - own.keys())
+        missing = sorted(own.keys() - state.keys())
+        if not any("lora_" in name for name in state):
+            missing = [name for name in missing if "lora_" not in name]
+        _refuse(unknown, "tensors this model does not have; is --model_card or --lora_dim right?")
+        _refuse(missing, "missing tensors; a base checkpoint must hold the whole model")
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape:
+                raise InputError(
+                    f"tensor {name} has shape {list(tensor.shape)} in the checkpoint but "
+                    f"{list(own[name].shape)} in the model; is --model_card or --lora_dim right?"
+                )
+        self.load_state_dict(state, strict=False)
+
+
+def _refuse(names: list[str], problem: str) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(f"the checkpoint has {problem} ({', '.join(names[:3])}{more})")
+
+
+OLD_SUFFIXES = {".g": ".weight", ".b": ".bias", ".w": ".weight"}
+
+
+def canonical_name(name: str) -> str:
+    """The name under which `GPT2LMModel.state_dict()` holds a tensor of a known file format."""
+    for prefix in ("module.", "_orig_mod.", "module.", "transformer."):
+        name = name.removeprefix(prefix)
+    if name[-2:] in OLD_SUFFIXES:
+        name = name[:-2] + OLD_SUFFIXES[name[-2:]]
+    return f"transformer.{name}"
+
+
+def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A new dict with this model's names, without stored causal masks and the tied head.
+
+    Raises:
+        InputError: the head is not tied to the embedding, or two names mean one tensor.
+    """
+    state_dict = state_dict.get("model_state_dict", state_dict)
+    state: dict[str, Tensor] = {}
+    heads: list[Tensor] = []
+    for key, tensor in state_dict.items():
+        name = canonical_name(key)
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if name in ("transformer.lm_head.weight", "transformer.lm_head.decoder.weight"):
+            heads.append(tensor)
+            continue
+        if name in state:
+            raise InputError(f"the checkpoint holds tensor {name} twice, the second time as {key}")
+        state[name] = tensor
+    embedding = state.get("transformer.wte.weight")
+    for head in heads:
+        if embedding is None or not torch.equal(head, embedding):
+            raise InputError("tensor lm_head.weight differs from wte.weight; GPT-2's head is tied")
+    return state

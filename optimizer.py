@@ -1,0 +1,212 @@
+"""Parameter groups, AdamW, and learning-rate schedules. Every schedule counts optimizer steps."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from errors import InputError
+
+SCHEDULERS = ("linear", "cosine", "inv_sqrt", "constant", "cycle")
+
+
+def add_optimizer_params(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that the two factories below read; defaults are the E2E recipe."""
+    group = parser.add_argument_group("optimizer")
+    add = group.add_argument
+    add("--optimizer", choices=("original", "torch", "apex"), default="original", help=HELP)
+    add("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
+    add("--weight_decay", type=float, default=0.01, help="decoupled (default: %(default)s)")
+    add("--correct_bias", action="store_true", default=True, help="correct Adam's bias (default)")
+    add("--no_correct_bias", dest="correct_bias", action="store_false")
+    add("--adam_epsilon", "--adam_epislon", type=float, default=1e-6, help="default: %(default)s")
+    add("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
+    add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
+    add("--no_decay_bias", action="store_true", help="no decay on biases and LayerNorm weights")
+    add("--scheduler", default="linear", help=f"{', '.join(SCHEDULERS)} (default: %(default)s)")
+    add("--warmup_step", type=int, default=500, help="steps of linear warm-up (default: 500)")
+    add("--i_steps", default="0", help="cycle: comma-separated steps, from 0 up")
+    add("--i_lrs", default="0.00025", help="cycle: the learning rate at each of --i_steps")
+
+
+HELP = "AdamW: the original's formula, torch.optim.AdamW, or NVIDIA apex's FusedAdam"
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay, by the formula of the original LoRA experiments.
+
+    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, with two differences from
+    `torch.optim.AdamW`: epsilon is added to √v before the bias correction, and the decay is taken
+    from the parameter after its update:
+
+        p ← p - lr · √(1 - β₂ᵗ) / (1 - β₁ᵗ) · m / (√v + ε);    p ← p - lr · λ · p
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update([p for p in group["params"] if p.grad is not None], group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict) -> None:
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            self.state[p]["step"] += 1
+        states = [self.state[p] for p in params]
+        grads, m, v = [p.grad for p in params], [s["m"] for s in states], [s["v"] for s in states]
+        beta1, beta2 = group["betas"]
+        torch._foreach_mul_(m, beta1)
+        torch._foreach_add_(m, grads, alpha=1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
+        rates = [-group["lr"] * _bias_correction(s["step"], group) for s in states]
+        denominators = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(params, m, denominators, rates)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+
+
+def _bias_correction(step: int, group: dict) -> float:
+    if not group["correct_bias"]:
+        return 1.0
+    beta1, beta2 = group["betas"]
+    return math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+
+def create_grouped_parameters(
+    model: nn.Module, weight_decay: float, no_decay_bias: bool
+) -> list[dict]:
+    """The trainable parameters, with `no_decay_bias` split so that biases and LayerNorm weights
+    have no decay."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not no_decay_bias:
+        return [{"params": [p for _, p in trainable], "weight_decay": weight_decay}]
+    norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    exempt = [name.endswith("bias") or name in norms for name, _ in trainable]
+    groups = [
+        ([p for (_, p), out in zip(trainable, exempt, strict=True) if out == free], decay)
+        for free, decay in ((False, weight_decay), (True, 0.0))
+    ]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def create_adam_optimizer_from_args(
+    model: nn.Module, args: argparse.Namespace, grouped_parameters: list[dict] | None = None
+) -> Optimizer:
+    """The optimizer that `--optimizer` names, over the trainable parameters of `model`.
+
+    Raises:
+        InputError: apex is asked for and is not there, or there is no CUDA device for it.
+    """
+    groups = grouped_parameters or create_grouped_parameters(
+        model, args.weight_decay, args.no_decay_bias
+    )
+    settings = {
+        "lr": args.lr,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    if args.optimizer == "original":
+        return AdamW(groups, correct_bias=args.correct_bias, **settings)
+    if not args.correct_bias:
+        raise InputError("--no_correct_bias goes with --optimizer original only")
+    if args.optimizer == "torch":
+        return torch.optim.AdamW(groups, fused=args.device.type == "cuda", **settings)
+    return _fused_adam(args)(groups, adam_w_mode=True, **settings)
+
+
+def _fused_adam(args: argparse.Namespace) -> type[Optimizer]:
+    """NVIDIA's FusedAdam. An unrelated package is called apex too, and fails in its own ways."""
+    if args.device.type != "cuda":
+        raise InputError("--optimizer apex needs a CUDA device; use --optimizer torch here")
+    try:
+        from apex.optimizers import FusedAdam
+    except Exception as error:
+        raise InputError(
+            "--optimizer apex needs NVIDIA apex built from source (requirements.txt tells how); "
+            f"importing it failed: {error}"
+        ) from error
+    return FusedAdam
+
+
+def create_optimizer_scheduler(optimizer: Optimizer, args: argparse.Namespace) -> LambdaLR:
+    """The schedule that `--scheduler` names; call its `step()` once per optimizer step.
+
+    Reads `args.scheduler`, `lr`, `warmup_step`, `max_step` (all steps of the run), `i_steps` and
+    `i_lrs`. Step s, from 0 up, runs at lr · factor(s).
+    """
+    if args.scheduler == "dev_perf":
+        raise InputError("--scheduler dev_perf was never defined; use linear or another schedule")
+    if args.scheduler not in SCHEDULERS:
+        raise InputError(
+            f"--scheduler {args.scheduler} is unknown; give one of {', '.join(SCHEDULERS)}"
+        )
+    if args.scheduler == "cycle":
+        return LambdaLR(optimizer, _cycle(args.i_steps, args.i_lrs, args.lr))
+    warmup, total = args.warmup_step, args.max_step
+    if not 0 <= warmup < total:
+        raise InputError(
+            f"--warmup_step {warmup} must be at least 0 and below the {total} steps of the run"
+        )
+    decay = {
+        "linear": lambda step: (total - step) / (total - warmup),
+        "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup)),
+        "inv_sqrt": lambda step: math.sqrt(max(warmup, 1) / max(step, 1)),
+        "constant": lambda step: 1.0,
+    }[args.scheduler]
+    return LambdaLR(
+        optimizer,
+        lambda step: step / warmup if step < warmup else decay(min(step, total)),
+    )
+
+
+def _cycle(i_steps: str, i_lrs: str, lr: float) -> Callable[[int], float]:
+    """Linear between the points (step, learning rate), constant behind the last."""
+    try:
+        points = [int(step) for step in i_steps.split(",")]
+        rates = [float(rate) for rate in i_lrs.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--i_steps and --i_lrs must be comma-separated numbers: {error}"
+        ) from error
+    rising = all(a < b for a, b in zip(points, points[1:], strict=False))
+    if len(points) != len(rates) or points[0] != 0 or not rising:
+        raise InputError(
+            f"--i_steps {i_steps} and --i_lrs {i_lrs} must have one rate per step, and the steps "
+            "must rise from 0"
+        )
+
+    return lambda step: float(np.interp(step, points, rates)) / lr

@@ -1,0 +1,122 @@
+"""What a run leaves in its work_dir for people: run.json, log.jsonl, TensorBoard, and the lock."""
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from errors import InputError
+from files import replacing, write_json
+
+ROOT = Path(__file__).resolve().parent
+
+
+def choose_work_dir(resume: str | None) -> str:
+    """Where a run without `--work_dir` goes: the one to resume, or the first free `runs/NNN`."""
+    if resume == "auto":
+        raise InputError("--resume auto needs --work_dir, the folder of the run to go on with")
+    if resume:
+        return resume
+    taken = [int(path.name) for path in Path("runs").glob("[0-9][0-9][0-9]")]
+    return str(Path("runs") / f"{max(taken, default=0) + 1:03}")
+
+
+def lock(work_dir: str) -> int:
+    """Keep other runs out of `work_dir` until this process ends, however it ends.
+
+    Raises:
+        InputError: another run is in there, or the folder cannot be made.
+    """
+    folder = Path(work_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise InputError(f"--work_dir {work_dir} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"--work_dir {work_dir} is in use by another run; give another") from error
+    return handle
+
+
+def release(handle: int | None) -> None:
+    """Let other runs in again."""
+    if handle is not None:
+        os.close(handle)
+
+
+def describe_run(args: argparse.Namespace) -> dict:
+    """Settings, versions and code of a run, as run.json keeps them."""
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "command": sys.argv,
+        "settings": {key: str(v) if key == "device" else v for key, v in vars(args).items()},
+        "git_commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": platform.node(),
+    }
+
+
+class RunLog:
+    """Shows the course of a run and keeps it in log.jsonl and TensorBoard, on rank 0 only."""
+
+    def __init__(self, args: argparse.Namespace, step: int) -> None:
+        """Open the logs of a run that goes on behind `step`; records past it are dropped."""
+        self.file = self.writer = None
+        self.bar = tqdm(
+            total=args.max_step, initial=step, unit="step", disable=True if args.rank else None
+        )
+        if args.rank:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        work_dir = Path(args.work_dir)
+        write_json(work_dir / "run.json", describe_run(args))
+        path = work_dir / "log.jsonl"
+        old = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
+        kept = [line for line in old if _step_of(line) <= step]
+        with replacing(path) as file:
+            file.writelines(line + "\n" for line in kept)
+        self.file = path.open("a", encoding="utf-8")
+        self.writer = SummaryWriter(work_dir / "tensorboard", purge_step=step + 1)
+
+    def advance(self, loss: float) -> None:
+        """Move the progress bar one step on; it is drawn on a terminal only."""
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+
+    def record(self, kind: str, step: int, text: str, **values: float) -> None:
+        """Print `text` and keep `values` under `kind` ("train" or "valid") and the step."""
+        if self.file is None:
+            return
+        tqdm.write(text)
+        sys.stdout.flush()
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+            self.writer.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; a line that a kill cut short sorts behind every step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

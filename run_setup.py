@@ -1,0 +1,203 @@
+"""From arguments to a run that is ready to train: data, model, optimizer, steps, header."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import loralib as lora
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.amp import GradScaler
+
+import checkpoint
+import gpu
+from data_utils import EpochSampler, FT_Dataset, load_tokenizer, vocabulary_fingerprint
+from errors import InputError
+from model import GPT2Config, GPT2LMModel
+from optimizer import create_adam_optimizer_from_args, create_optimizer_scheduler
+from run_state import Run, check_settings, restore
+
+DEFAULT_EPOCHS = 5
+
+# Two runs that agree in these, in their data and in their base give the same adapter.
+RESULT_SETTINGS = [
+    "obj",
+    "seq_len",
+    "train_batch_size",
+    "global_batch",
+    "label_smooth",
+    "clip",
+    "max_step",
+    "max_epoch",
+    "lora_dim",
+    "lora_alpha",
+    "lora_dropout",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "correct_bias",
+    "adam_epsilon",
+    "adam_beta1",
+    "adam_beta2",
+    "no_decay_bias",
+    "scheduler",
+    "warmup_step",
+    "i_steps",
+    "i_lrs",
+    "random_seed",
+    "fp16",
+    "bf16",
+]
+
+
+def prepare(args: argparse.Namespace, state: dict | None) -> Run:
+    """Data, model, optimizer and schedule, put back to `state` if there is one."""
+    tokenizer = load_tokenizer(args.vocab) if args.vocab else None
+    base = None if args.init_checkpoint == "none" else checkpoint.read_base(args.init_checkpoint)
+    gpu.seed_everything(args.random_seed)
+    model = build_model(args, base, tokenizer)
+    train, valid = load_data(args, tokenizer, model.config)
+    sampler = plan_steps(args, len(train), state)
+    header = describe_adapter(args, model, tokenizer)
+    if state is not None and not args.resume_anyway:
+        check_settings(state, header)
+    model.to(args.device).train()
+    optimizer = create_adam_optimizer_from_args(model, args)
+    scheduler = create_optimizer_scheduler(optimizer, args)
+    scaler = GradScaler(args.device.type, enabled=args.fp16)
+    # Equal models on all ranks, but dropout of their own.
+    gpu.seed_everything(args.random_seed + args.rank)
+    wrapped = gpu.distributed_opt(args, model)
+    run = Run(args, wrapped, optimizer, scheduler, scaler, train, valid, sampler, header)
+    if state is not None:
+        restore(run, state)
+    if args.rank == 0:
+        print_args(args)
+        print_sizes(run)
+    return run
+
+
+def build_model(
+    args: argparse.Namespace, base: dict[str, Tensor] | None, tokenizer: Tokenizer | None
+) -> GPT2LMModel:
+    """The model with its base loaded and the right parameters trainable."""
+    settings = {
+        "lora_attn_dim": args.lora_dim,
+        "lora_attn_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+    }
+    if base is None and tokenizer is not None:
+        settings["vocab_size"] = tokenizer.get_vocab_size()
+    config = checkpoint.model_config(args.model_card, base, **settings)
+    if tokenizer is not None and tokenizer.get_vocab_size() != config.vocab_size:
+        raise InputError(
+            f"--vocab {args.vocab} has {tokenizer.get_vocab_size()} entries but --init_checkpoint "
+            f"{args.init_checkpoint} {config.vocab_size}; give the vocabulary of that base"
+        )
+    if args.seq_len > config.n_positions:
+        raise InputError(f"--seq_len {args.seq_len} is above the model's {config.n_positions}")
+    model = GPT2LMModel(config)
+    if base is not None:
+        checkpoint.load_base(model, base, args.init_checkpoint)
+    if args.lora_dim:
+        lora.mark_only_lora_as_trainable(model)
+    return model
+
+
+def load_data(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, config: GPT2Config
+) -> tuple[FT_Dataset, FT_Dataset | None]:
+    """Training and validation rows; says how many were too long for the window."""
+    sets = []
+    for path, size in (
+        (args.train_data, args.train_batch_size),
+        (args.valid_data, args.valid_batch_size),
+    ):
+        if path is None:
+            sets.append(None)
+            continue
+        data = FT_Dataset(
+            path,
+            size,
+            args.seq_len,
+            joint_lm=args.obj == "jlm",
+            tokenizer=tokenizer,
+            vocab_size=config.vocab_size,
+        )
+        if args.rank == 0:
+            print(
+                f"{path}: {len(data):,} rows; cut to --seq_len {args.seq_len}: "
+                f"{data.contexts_cut} contexts, {data.completions_cut} completions"
+            )
+        sets.append(data)
+    return sets[0], sets[1]
+
+
+def plan_steps(args: argparse.Namespace, rows: int, state: dict | None) -> EpochSampler:
+    """The sampler of the run; settles `args.max_step` and `args.global_batch`, and keeps the
+    global batch of a resumed run where the number of processes has changed."""
+    per_micro_batch = args.train_batch_size * args.world_size
+    if state is not None and len(state["ranks"]) != args.world_size:
+        wanted = state["header"]["settings"]["global_batch"]
+        if wanted % per_micro_batch:
+            raise InputError(
+                f"--resume: the run has a global batch of {wanted}, which {args.world_size} "
+                f"processes of --train_batch_size {args.train_batch_size} cannot make; change one"
+            )
+        args.grad_acc = wanted // per_micro_batch
+    args.global_batch = per_micro_batch * args.grad_acc
+    sampler = EpochSampler(
+        rows, args.train_batch_size, args.grad_acc, args.world_size, args.rank, args.random_seed
+    )
+    if args.max_step is None:
+        args.max_epoch = args.max_epoch or DEFAULT_EPOCHS
+        args.max_step = sampler.steps_per_epoch * args.max_epoch
+    return sampler
+
+
+def describe_adapter(
+    args: argparse.Namespace, model: GPT2LMModel, tokenizer: Tokenizer | None
+) -> dict:
+    """The header of the run's adapter files, all but the step: what decides their content."""
+    vocabulary = tokenizer and {
+        "size": tokenizer.get_vocab_size(),
+        "sha256": vocabulary_fingerprint(tokenizer),
+    }
+    return {
+        "format": checkpoint.FORMAT_VERSION,
+        "kind": "lora" if args.lora_dim else "full",
+        "model_card": args.model_card,
+        "r": args.lora_dim,
+        "alpha": args.lora_alpha,
+        "dropout": args.lora_dropout,
+        "targets": ["q", "v"] if args.lora_dim else [],
+        "seed": args.random_seed,
+        "vocabulary": vocabulary,
+        "base": {
+            "name": Path(args.init_checkpoint).name,
+            "fingerprint": checkpoint.base_fingerprint(model.state_dict()),
+        },
+        "train_data": hashlib.sha256(Path(args.train_data).read_bytes()).hexdigest(),
+        "settings": {name: getattr(args, name) for name in RESULT_SETTINGS},
+    }
+
+
+def print_args(args: argparse.Namespace) -> None:
+    """All settings of the run."""
+    print("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items())))
+
+
+def print_sizes(run: Run) -> None:
+    """What is trained and for how long."""
+    args = run.args
+    trained = sum(p.numel() for p in run.trained.values())
+    total = sum(p.numel() for p in run.model.parameters())
+    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+    print(
+        f"{args.model_card}: {trained:,} trainable parameters of {total:,}, {precision} on "
+        f"{args.device}, {args.world_size} process(es); {len(run.train):,} rows in steps of "
+        f"{args.global_batch}, {run.sampler.steps_per_epoch:,} steps an epoch, {args.max_step:,} "
+        f"in all; into {args.work_dir}"
+    )
+    if run.step:
+        print(f"Going on behind step {run.step}")

@@ -1,0 +1,170 @@
+"""A training run: what it consists of, how it is saved, and how it goes on after a stop."""
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import checkpoint
+import gpu
+from data_utils import EpochSampler, FT_Dataset
+from errors import InputError
+from run_log import RunLog
+
+PROGRESS = ("step", "window", "best_loss", "best_step", "bad_steps", "validated_step")
+
+
+class AverageMeter:
+    """A weighted running mean: `val` is the last value, `avg` the mean of all since `reset`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = self.avg = self.sum = self.count = 0.0
+
+    def update(self, val: float, n: float = 1) -> None:
+        self.val = val
+        self.sum += val * n
+        self.count += n
+        self.avg = self.sum / self.count if self.count else 0.0
+
+
+@dataclass
+class Run:
+    """All that a training run consists of.
+
+    `step` counts updates, `window` the global batches taken from the data: more, where a step had
+    to be skipped. `signal` is what this process was sent, `stopping` what all ranks agreed on.
+    """
+
+    args: argparse.Namespace
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    scaler: GradScaler
+    train: FT_Dataset
+    valid: FT_Dataset | None
+    sampler: EpochSampler
+    header: dict
+    log: RunLog | None = None
+    step: int = 0
+    window: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    validated_step: int = -1
+    saved_step: int = -1
+    bad_steps: int = 0
+    signal: int = 0
+    stopping: bool = False
+    average: AverageMeter = field(default_factory=AverageMeter)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the last window was part of, from 1 up."""
+        return max(1, math.ceil(self.window / self.sampler.steps_per_epoch))
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The trained tensors by name, which are the saved ones."""
+        parameters = gpu.unwrap(self.model).named_parameters()
+        return {name: p for name, p in parameters if p.requires_grad}
+
+    def adapter_path(self, name: int | str) -> Path:
+        """`model.{name}.safetensors` in the work_dir; name is a step, or best."""
+        return Path(self.args.work_dir) / f"model.{name}.safetensors"
+
+
+def write_adapter(run: Run, name: int | str) -> None:
+    """Write the trained tensors as they are after `run.step` steps; rank 0 only."""
+    if run.args.rank == 0:
+        header = run.header | {"step": run.step}
+        checkpoint.save_adapter(run.adapter_path(name), run.trained, header)
+
+
+def save(run: Run) -> None:
+    """Write the adapter of this step, then the state from which the run can go on."""
+    if run.saved_step == run.step:
+        return
+    run.saved_step = run.step
+    mine = {"generators": gpu.generator_states(), "meter": vars(run.average)}
+    ranks = gpu.distributed_gather(run.args, mine)
+    write_adapter(run, run.step)
+    if run.args.rank == 0:
+        state = {
+            "format": checkpoint.FORMAT_VERSION,
+            "header": run.header,
+            "progress": {name: getattr(run, name) for name in PROGRESS},
+            "trained": {name: p.detach() for name, p in run.trained.items()},
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "ranks": ranks,
+        }
+        checkpoint.save_training_state(state_path(run.args.work_dir), state)
+
+
+def state_path(work_dir: str | Path) -> Path:
+    return Path(work_dir) / "state.pt"
+
+
+def find_state(args: argparse.Namespace) -> dict | None:
+    """The training state to go on from, None for a fresh start.
+
+    Raises:
+        InputError: there is a run and no `--resume`, or `--resume` and no run.
+    """
+    if args.resume not in (None, "auto"):
+        if not state_path(args.resume).is_file():
+            raise InputError(f"--resume {args.resume} holds no state.pt; is it a run's work_dir?")
+        return checkpoint.read_training_state(state_path(args.resume))
+    path = state_path(args.work_dir)
+    if args.resume == "auto":
+        return checkpoint.read_training_state(path) if path.is_file() else None
+    if path.is_file() or path.with_name("run.json").is_file():
+        raise InputError(
+            f"--work_dir {args.work_dir} holds a run already; give --resume auto to go on with it, "
+            "or another --work_dir to start anew"
+        )
+    return None
+
+
+def check_settings(state: dict, header: dict) -> None:
+    """Refuse to go on with a run under settings, data or a base that would change its result."""
+    then, now = _flat(state["header"]), _flat(header)
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if changed:
+        first = changed[0]
+        raise InputError(
+            f"--resume: {', '.join(changed)} changed since the run was started ({first} was "
+            f"{then.get(first)}, is {now.get(first)}); put it back, or give --resume_anyway"
+        )
+
+
+def _flat(header: dict) -> dict:
+    nested = {key: value for key, value in header.items() if isinstance(value, dict)}
+    flat = {key: value for key, value in header.items() if key not in nested}
+    for key, value in nested.items():
+        names = {name: name if key == "settings" else f"{key} {name}" for name in value}
+        flat |= {names[name]: inner for name, inner in value.items()}
+    return flat
+
+
+def restore(run: Run, state: dict) -> None:
+    """Put a run back to where `save` left it."""
+    for name, value in state["progress"].items():
+        setattr(run, name, value)
+    run.saved_step = run.step
+    checkpoint.apply_trained(gpu.unwrap(run.model), state["trained"], "state.pt")
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.scaler.load_state_dict(state["scaler"])
+    if len(state["ranks"]) == run.args.world_size:
+        mine = state["ranks"][run.args.rank]
+        gpu.set_generator_states(mine["generators"])
+        vars(run.average).update(mine["meter"])

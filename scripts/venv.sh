@@ -1,0 +1,21 @@
+# Sourced by the other scripts: makes .venv once, brings it up to a requirements file, activates it.
+# With the environment standing and the file unchanged, nothing is asked of the network.
+#   source scripts/venv.sh requirements.txt
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+requirements=$1
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $python is older than Python 3.11; name a newer one by PYTHON=..." >&2
+  exit 2
+}
+[ -d .venv ] || "$python" -m venv .venv
+source .venv/bin/activate
+stamp=.venv/$requirements.done
+wanted=$(cat requirements.txt "$requirements" | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  # torch first and alone: a looser requirement met before it would fetch another build.
+  pip install --quiet "$(grep '^torch==' requirements.txt)"
+  pip install --quiet -r "$requirements"
+  echo "$wanted" > "$stamp"
+fi

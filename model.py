@@ -113,6 +113,22 @@ class DecodeCache:
                 buffer[:, :count] = tensor[contexts[:, None], slots]
 
 
+class PackedLinear(nn.Module):
+    """A linear map on a CPU, its weight laid out once the way oneDNN's kernels read it.
+
+    Up to twice as fast as F.linear on the few rows of a decoding step; for inference only.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` is (out, in), fp32, on the CPU."""
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
 class Attention(nn.Module):
     """Causal self-attention whose fused q, k, v projection adapts q and v (LoRA, section 4.2)."""
 
@@ -212,6 +228,7 @@ class GPT2LMModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = GPT2Model(config)
+        self.packed_head: PackedLinear | None = None
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
@@ -222,6 +239,8 @@ class GPT2LMModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), by the tied embedding."""
+        if self.packed_head is not None:
+            return self.packed_head(hidden)
         return F.linear(hidden, self.transformer.wte.weight)
 
     def forward(
@@ -265,6 +284,25 @@ class GPT2LMModel(nn.Module):
         """Logits (B, K, V) behind one new token per beam, `input_ids` (B, K)."""
         return self.head(self.transformer.step(input_ids, cache))
 
+    @torch.no_grad()
+    def pack(self) -> "GPT2LMModel":
+        """Merge the adapter and lay all weights out for fast decoding; returns the model itself.
+
+        From then on it can only be run: there is nothing left to train, save or load into. Does
+        nothing but merge where there is no oneDNN for it (GPU, other precisions).
+        """
+        linears = [(n, m) for n, m in self.named_modules() if isinstance(m, lora.Linear)]
+        for _, layer in linears:
+            layer.merge()
+        embedding = self.transformer.wte.weight
+        fits = embedding.device.type == "cpu" and embedding.dtype == torch.float32
+        if fits and torch.backends.mkldnn.is_available():
+            for name, layer in linears:
+                weight = layer.weight.T if layer.fan_in_fan_out else layer.weight
+                self.set_submodule(name, PackedLinear(weight, layer.bias))
+            self.packed_head = PackedLinear(embedding, None)
+        return self
+
     def load_weight(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load base weights, with or without an adapter, under any of the names in use.
 
@@ -288,6 +326,8 @@ class GPT2LMModel(nn.Module):
                     f"tensor {name} has shape {list(tensor.shape)} in the checkpoint but "
                     f"{list(own[name].shape)} in the model; is --model_card or --lora_dim right?"
                 )
+            if not tensor.is_floating_point():
+                raise InputError(f"tensor {name} holds {tensor.dtype}, not floating-point weights")
         self.load_state_dict(state, strict=False)
 
 

@@ -1,0 +1,38 @@
+"""DART v1.1.1 JSON to text JSONL: `python data/convert_dart.py SRC DST`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data.rows import Row, convert_main, read_json
+from errors import InputError, run
+
+
+def dart_rows(path: str) -> Iterator[Row]:
+    """Rows {"context", "completion"}, one for each annotation, in order.
+
+    An entry without a text gives no row; an empty text is kept, as in the published rows.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, list):
+        raise InputError(f"{path}: expected a list of entries")
+    for number, entry in enumerate(raw, 1):
+        try:
+            context = " | ".join(
+                f"{subject} : {relation.lower()} : {thing}"
+                for subject, relation, thing in entry["tripleset"]
+            )
+            for annotation in entry["annotations"]:
+                yield {"context": context, "completion": annotation["text"]}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{path}, entry {number}: expected tripleset of [subject, relation, object] and "
+                f"annotations with text ({error!r})"
+            ) from error
+
+
+if __name__ == "__main__":
+    run(lambda: convert_main(dart_rows, __doc__))

@@ -1,0 +1,1 @@
+"""Predictions -> official text files -> the published scores of E2E, WebNLG and DART."""

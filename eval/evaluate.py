@@ -1,0 +1,202 @@
+"""Score outputs as the official programs of E2E, WebNLG and DART do.
+
+    python eval/evaluate.py --task e2e --references refs.txt --hypotheses hyp.txt --json out.json
+    python eval/evaluate.py --task webnlg --references STEM --hypotheses hyp.txt
+    python eval/evaluate.py --task e2e --data test.jsonl --predictions predictions.jsonl
+
+Exit code 0; 1 if a metric named with --metrics has no score; 2 for an input that must be mended.
+docs/metrics.md says how each number arises.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+# Run as a script from anywhere: the repository's packages are found beside this folder, not in it.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from errors import InputError, run
+from eval import bootstrap, coco, official, report, texts
+from eval.metrics import METRICS, Measured, measure, sacrebleu_scores
+from eval.texts import Item, warn
+from files import replacing, write_json
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--task", choices=METRICS, required=True)
+    add("--references", help="e2e: reference file; webnlg, dart: STEM of STEM0, STEM1, ...")
+    add("--hypotheses", help="outputs, one a line")
+    add("--inputs", help="inputs, one a line, for the report")
+    add("--data", help="JSONL that was decoded, in place of --references")
+    add("--predictions", help="JSONL of gpt2_beam.py, in place of --hypotheses")
+    add("--vocab", help="folder of the vocabulary, if the data hold token ids")
+    add("--ref_num", type=int, help="use the first so many references of an item (default: all)")
+    add("--metrics", help="comma-separated, as bleu,nist,ter (default: all of the task)")
+    add("--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals from N samples")
+    add("--compare", metavar="FILE", help="outputs of a second system, like the first's file")
+    add("--report", metavar="FILE", help="write the worst and best items, side by side")
+    add("--report_items", type=int, default=10, help="how many of each")
+    add("--json", metavar="FILE", help="write the result")
+    add("--write_references", metavar="PATH", help="write the references in the official form")
+    add("--write_hypotheses", metavar="PATH", help="write the outputs, one a line")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parsed arguments; `metrics` becomes a tuple of official names, `asked` says who chose it."""
+    args = _parser().parse_args(argv)
+    from_files = args.references and args.hypotheses and not (args.data or args.predictions)
+    from_data = args.data and args.predictions and not (args.references or args.hypotheses)
+    if not from_files and not from_data:
+        raise InputError(
+            "give either --references and --hypotheses, or --data and --predictions, not a mix"
+        )
+    for flag in ("ref_num", "bootstrap", "report_items"):
+        value = getattr(args, flag)
+        if value is not None and value < (0 if flag == "bootstrap" else 1):
+            raise InputError(f"--{flag} {value} is too small; give a positive number")
+    official = {name.lower(): name for name in METRICS[args.task]}
+    args.asked = args.metrics is not None
+    wanted = (args.metrics or ",".join(official)).lower().replace("-", "_").split(",")
+    unknown = [name for name in wanted if name not in official]
+    if unknown:
+        raise InputError(
+            f"--metrics {', '.join(unknown)}: task {args.task} has {', '.join(official)}"
+        )
+    args.metrics = tuple(name for low, name in official.items() if low in wanted)
+    return args
+
+
+def _load_data(args: argparse.Namespace) -> tuple[list[Item], list[list[str]]]:
+    rows = texts.read_data(args.data, args.vocab)
+    items = texts.group(rows, args.task)
+    systems = []
+    for path in filter(None, (args.predictions, args.compare)):
+        predictions = texts.read_predictions(path, rows)
+        systems.append(texts.outputs(items, predictions, args.task))
+    return items, systems
+
+
+def _load_files(args: argparse.Namespace) -> tuple[list[Item], list[list[str]]]:
+    paths = list(filter(None, (args.hypotheses, args.compare)))
+    systems = [official.read_hypotheses(path) for path in paths]
+    if args.task == "e2e":
+        items = official.read_e2e_references(args.references, len(systems[0]))
+    else:
+        items = official.read_webnlg_references(args.references)
+    for path, hypotheses in zip(paths, systems, strict=True):
+        official.check_counts(items, hypotheses, args.references, path)
+    if args.inputs:
+        inputs = official.read_hypotheses(args.inputs)
+        official.check_counts(items, inputs, args.references, args.inputs)
+        items = [replace(item, context=text) for item, text in zip(items, inputs, strict=True)]
+    return items, systems
+
+
+def _scores(measured: Measured, system: int, wanted: tuple[str, ...], mask=slice(None)) -> dict:
+    measures = measured.systems[system]
+    return {name: measures[name].score(mask) if name in measures else None for name in wanted}
+
+
+def _subsets(items: list[Item], measured: Measured, wanted: tuple[str, ...]) -> dict:
+    parts = {}
+    for name, flag in (("seen", True), ("unseen", False)):
+        chosen = [i for i, item in enumerate(items) if item.seen is flag]
+        if chosen:
+            references = sum(len(items[i].references) for i in chosen)
+            scores = _scores(measured, 0, wanted, chosen)
+            parts[name] = {"items": len(chosen), "references": references, "scores": scores}
+    return parts
+
+
+def _resample(result: dict, measured: Measured, samples: int) -> None:
+    """Add the intervals, and the p-values if there is a second system."""
+    intervals = {}
+    for name, own in measured.systems[0].items():
+        scores = bootstrap.resampled_scores(own, samples)
+        intervals[name] = bootstrap.interval(scores)
+        if "compare" in result:
+            theirs = bootstrap.resampled_scores(measured.systems[1][name], samples)
+            difference = result["compare"]["differences"][name]
+            p = bootstrap.p_value(scores, theirs, difference)
+            result["compare"].setdefault("p_values", {})[name] = p
+            result["compare"].setdefault("intervals", {})[name] = bootstrap.interval(theirs)
+    result["bootstrap"] = {"samples": samples, "seed": bootstrap.SEED, "intervals": intervals}
+
+
+def _result(
+    args: argparse.Namespace,
+    items: list[Item],
+    left_out: int,
+    systems: list[list[str]],
+    measured: Measured,
+) -> dict:
+    counts = [len(item.references) for item in items]
+    result = {
+        "scores": _scores(measured, 0, args.metrics),
+        "task": args.task,
+        "items": len(items),
+        "references": sum(counts),
+        "references_per_item": [min(counts), max(counts)],
+        "references_left_out": left_out,
+        "reasons": measured.reasons,
+        "sacrebleu": sacrebleu_scores([i.references for i in items], systems[0], args.metrics),
+    }
+    if "METEOR" in measured.systems[0]:
+        result["meteor"] = {"version": coco.METEOR_VERSION, "flags": coco.METEOR_FLAGS}
+    if parts := _subsets(items, measured, args.metrics):
+        result["subsets"] = parts
+    if args.compare:
+        other = _scores(measured, 1, args.metrics)
+        differences = {name: result["scores"][name] - other[name] for name in measured.systems[0]}
+        result["compare"] = {"scores": other, "differences": differences}
+    if args.bootstrap:
+        _resample(result, measured, args.bootstrap)
+    return result
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Score what the arguments name and write the files they ask for; return the result, which is
+    JSON with `scores` first: fractions, but NIST and CIDEr raw, None with a reason in `reasons`."""
+    items, systems = (_load_data if args.data else _load_files)(args)
+    given = sum(len(item.references) for item in items)
+    if args.ref_num:
+        items = texts.limit_references(items, args.ref_num)
+    references = [item.references for item in items]
+    if "CIDEr" in args.metrics and len(items) < 2:
+        warn("CIDEr of fewer than two items is 0, however good they are")
+    if args.write_references:
+        official.write_references(args.write_references, items, args.task)
+    if args.write_hypotheses:
+        official.write_hypotheses(args.write_hypotheses, systems[0])
+    with coco.Meteor() as meteor:
+        measured = measure(args.task, references, systems, args.metrics, meteor)
+        result = _result(args, items, given - sum(map(len, references)), systems, measured)
+        if args.report:
+            text = report.segments_text(items, systems, measured.systems, args.report_items)
+            with replacing(args.report) as file:
+                file.write(text)
+    if args.json:
+        write_json(args.json, result)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = parse_args(argv)
+    start = time.perf_counter()
+    result = evaluate(args)
+    print(report.table(result))
+    print(f"{time.perf_counter() - start:.1f} s")
+    return 1 if args.asked and result["reasons"] else 0
+
+
+if __name__ == "__main__":
+    run(main)

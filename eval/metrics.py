@@ -1,0 +1,150 @@
+"""Which metrics a task has, and all of them on one or more systems.
+
+    from eval.metrics import e2e_scores
+    e2e_scores(references=[["a b", "a c"], ["d"]], hypotheses=["a b", "d"])
+
+Nothing heavy is imported, and Java is not started, for a metric that is not asked for.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+
+from errors import InputError
+from eval import coco, mteval, webnlg
+from eval.measure import Measure
+
+E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+WEBNLG = ("BLEU", "METEOR", "TER", "chrF++")
+METRICS = {"e2e": E2E, "webnlg": WEBNLG, "dart": WEBNLG}
+LOWER_IS_BETTER = {"TER"}
+
+Makers = dict[str, Callable[[list[str]], Measure]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`systems[i]` maps a metric's name to its measure; `reasons` says why another has none."""
+
+    systems: list[dict[str, Measure]]
+    reasons: dict[str, str]
+
+
+def _e2e_makers(references: list[list[str]], meteor: coco.Meteor) -> Makers:
+    counts = cache(lambda: mteval.count_references(references))
+    words = cache(lambda: coco.ptb_tokenize_groups(references))
+    own_words = cache(lambda hypotheses: coco.ptb_tokenize(list(hypotheses)))
+    return {
+        "BLEU": lambda texts: mteval.bleu(counts(), texts),
+        "NIST": lambda texts: mteval.nist(counts(), texts),
+        "METEOR": lambda texts: meteor.measure(words(), own_words(tuple(texts))),
+        "ROUGE_L": lambda texts: coco.rouge_l(words(), own_words(tuple(texts))),
+        "CIDEr": lambda texts: coco.cider(words(), own_words(tuple(texts))),
+    }
+
+
+def _webnlg_makers(references: list[list[str]], meteor: coco.Meteor) -> Makers:
+    spaced = cache(webnlg.word_tokens)
+    words = cache(lambda: [[spaced(text) for text in texts] for texts in references])
+    return {
+        "BLEU": lambda texts: webnlg.bleu(references, texts),
+        "METEOR": lambda texts: meteor.measure(words(), [spaced(text) for text in texts]),
+        "TER": lambda texts: webnlg.ter(words(), [spaced(text) for text in texts]),
+        "chrF++": lambda texts: webnlg.chrf(references, texts),
+    }
+
+
+def _check(references: list[list[str]], systems: list[list[str]]) -> None:
+    if not references:
+        raise InputError("there is no item to score; give at least one reference and one output")
+    for item, texts in enumerate(references, start=1):
+        if not texts:
+            raise InputError(f"item {item} has no reference; give it one or leave it out")
+    for hypotheses in systems:
+        if len(hypotheses) != len(references):
+            raise InputError(
+                f"there are {len(hypotheses)} outputs for {len(references)} items with references; "
+                "give one output per item"
+            )
+
+
+def measure(
+    task: str,
+    references: list[list[str]],
+    systems: list[list[str]],
+    wanted: Iterable[str],
+    meteor: coco.Meteor,
+) -> Measured:
+    """Measure each system (one text per item) against the references (texts by item).
+
+    `wanted` are names from `METRICS[task]`; a metric whose Java part fails gets a reason in place
+    of measures. `meteor` must stay open while METEOR's measures are in use. Raises InputError
+    where the numbers of texts do not fit.
+    """
+    _check(references, systems)
+    makers = (_e2e_makers if task == "e2e" else _webnlg_makers)(references, meteor)
+    measures: dict[str, list[Measure]] = {}
+    reasons: dict[str, str] = {}
+    if "METEOR" in wanted:
+        # Loads its tables while the other metrics are computed; a failure shows on its first use.
+        with suppress(coco.JavaError):
+            meteor.start()
+    for name in sorted(wanted, key=lambda name: name == "METEOR"):
+        try:
+            measures[name] = [makers[name](hypotheses) for hypotheses in systems]
+        except coco.JavaError as error:
+            reasons[name] = str(error)
+    in_order = [name for name in METRICS[task] if name in measures]
+    return Measured(
+        [{name: measures[name][i] for name in in_order} for i in range(len(systems))], reasons
+    )
+
+
+def _scores(task, references, hypotheses, metrics) -> dict[str, float | None]:
+    with coco.Meteor() as meteor:
+        measured = measure(task, references, [hypotheses], metrics, meteor).systems[0]
+        return {name: measured[name].score() if name in measured else None for name in metrics}
+
+
+def e2e_scores(
+    references: list[list[str]], hypotheses: list[str], metrics: Iterable[str] = E2E
+) -> dict[str, float | None]:
+    """The scores that tuetschek/e2e-metrics prints with `-p`; None where Java is missing.
+
+    BLEU, METEOR and ROUGE_L are fractions, NIST and CIDEr raw.
+    """
+    return _scores("e2e", references, hypotheses, tuple(metrics))
+
+
+def webnlg_scores(
+    references: list[list[str]], hypotheses: list[str], metrics: Iterable[str] = WEBNLG
+) -> dict[str, float | None]:
+    """The scores of WebNLG/GenerationEval as fractions, for texts that are already lower-cased and
+    spaced as the task wants them (`texts.prepare`); None where Java is missing."""
+    return _scores("webnlg", references, hypotheses, tuple(metrics))
+
+
+def segment_scores(
+    task: str, references: list[list[str]], hypotheses: list[str], metrics: Iterable[str]
+) -> dict[str, list[float]]:
+    """Each metric's score of each item; a metric that Java could not give is left out."""
+    with coco.Meteor() as meteor:
+        measured = measure(task, references, [hypotheses], tuple(metrics), meteor).systems[0]
+        return {name: of_system.segments() for name, of_system in measured.items()}
+
+
+def sacrebleu_scores(
+    references: list[list[str]], hypotheses: list[str], wanted: Iterable[str]
+) -> dict[str, dict]:
+    """sacreBLEU's own BLEU and chrF++ with its default settings, as fractions, each with the
+    signature under which it can be cited, where they are `wanted` (its TER takes minutes)."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    classes = {"BLEU": lambda: BLEU(force=True), "chrF++": lambda: CHRF(word_order=2)}
+    scores = {}
+    for name in [name for name in wanted if name in classes]:
+        metric = classes[name]()
+        score = metric.corpus_score(hypotheses, webnlg.by_position(references)).score / 100
+        scores[name] = {"score": score, "signature": str(metric.get_signature())}
+    return scores

@@ -1,0 +1,324 @@
+"""Layers with a frozen weight and a trained low-rank update (Hu et al. 2021, arXiv:2106.09685).
+
+    h = W0 x + scaling · B A dropout(x)        scaling = lora_alpha / r        (section 4.1)
+
+W0      base weight, frozen: `weight`, (out, in), with fan_in_fan_out (in, out)
+A, B    the adapter: `lora_A` (r, in), `lora_B` (out, r), all that is trained; at first BA = 0
+r       rank; 0 leaves the plain torch layer with its plain keys
+delta   scaling · BA in the shape of W0
+thin    the forward that trains: two narrow products beside the frozen layer, no delta
+merged  `weight` shows W0 + delta, a tensor of its own; W0 remains the parameter and is not touched
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _up(h: Tensor, b: Tensor) -> Tensor:
+    """B h: (..., r) → (..., out). The copy of B makes backward on a CPU several times faster."""
+    return h @ b.T.contiguous()
+
+
+class LoRALayer:
+    """What all layers share. A layer adds: frozen(x, weight), the torch layer with this weight;
+    adapter(x), which is scaling · B(A(x)) in the adapter's dtype; delta(a, b).
+
+    While merged, the instance attribute `weight` hides the parameter of that name, so parameters(),
+    state_dict() and optimizers always see W0. The merged tensor serves where no gradient can be
+    asked for (no_grad, inference_mode), so a training step in eval mode still trains A and B, and
+    not under torch.compile, whose graphs cannot see it age. It is rebuilt once W0, A, B or scaling
+    have changed; writes through `.data` alone go unseen, until the next eval() or merge().
+    """
+
+    merged = False
+    _merged_from: tuple[tuple, tuple[Tensor, ...]] | None = None
+
+    def _add_adapter(
+        self, a: tuple[int, int], b: tuple[int, int], limit: int, r: int, alpha: float, p: float
+    ) -> None:
+        """Make A and B of these shapes, or neither if they are empty; warn if r is above limit."""
+        if not (isinstance(r, int) and r >= 0 and 0 < alpha < math.inf and 0 <= p < 1):
+            need = "an integer r >= 0, a finite lora_alpha > 0 and 0 <= lora_dropout < 1"
+            raise ValueError(f"need {need}, got r={r}, lora_alpha={alpha}, lora_dropout={p}")
+        self.r, self.lora_alpha, self.scaling = r, alpha, alpha / r if r else 0.0
+        self.lora_dropout = nn.Dropout(p) if p else nn.Identity()
+        if 0 in a:
+            return
+        if r > limit:
+            warnings.warn(f"r={r} is above {limit}, the most that saves anything", stacklevel=3)
+        self.lora_A = nn.Parameter(self.weight.new_empty(a))
+        self.lora_B = nn.Parameter(self.weight.new_empty(b))
+        self.weight.requires_grad = False
+        self._reset_adapter()
+
+    def _reset_adapter(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def reset_parameters(self) -> None:
+        """Unmerge, draw W0 and the bias as torch does, start the adapter afresh."""
+        self.unmerge()
+        super().reset_parameters()
+        if self.adapted:
+            self._reset_adapter()
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter: r > 0 and, in MergedLinear, a part enabled."""
+        return hasattr(self, "lora_A")
+
+    @property
+    def base_weight(self) -> Tensor:
+        """W0, whatever `weight` shows."""
+        return self._parameters["weight"] if self.merged else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self._merged_from is None or self._merged_from[0] != self._fingerprint():
+                self.merge()
+            return self.frozen(x, self.weight)
+        return self.thin(x) if self.adapted else self.frozen(x, self.weight)
+
+    def thin(self, x: Tensor) -> Tensor:
+        """frozen(x) + scaling · B(A(dropout(x)))"""
+        h = self.frozen(x, self.base_weight)
+        return h + self.adapter(self.lora_dropout(x)).to(h.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Show W0 + delta as `weight`: summed in fp32 or wider, rounded once, anew at each call."""
+        if not self.adapted:
+            return
+        base, a, b = sources = self._sources()
+        self.merged = True
+        if any(tensor.is_meta for tensor in sources):
+            return  # nothing to add yet; the first forward after loading merges
+        wide = torch.promote_types(base.dtype, torch.float32)
+        with torch.autocast(base.device.type, enabled=False):
+            delta = self.delta(a.to(wide), b.to(wide))
+        self.__dict__["weight"] = (base.to(wide) + delta).to(base.dtype)
+        self._merged_from = self._fingerprint(), sources  # held, or another could get their ids
+
+    def unmerge(self) -> None:
+        """Show W0 as `weight` again, bit for bit: nothing was ever written to it."""
+        if self.merged:
+            self.__dict__.pop("weight", None)
+            self.merged, self._merged_from = False, None
+
+    def _sources(self) -> tuple[Tensor, ...]:
+        return self._parameters["weight"], self.lora_A, self.lora_B
+
+    def _fingerprint(self) -> tuple:
+        versions = ((id(t), 0 if t.is_inference() else t._version) for t in self._sources())
+        return self.scaling, *versions
+
+    def train(self, mode: bool = True) -> "LoRALayer":
+        """Unmerge for training; merge for evaluation if `merge_weights`."""
+        super().train(mode)
+        if mode:
+            self.unmerge()
+        elif self.merge_weights:
+            self.merge()
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LoRALayer":  # .to(), .half(), .cuda() …
+        super()._apply(*args, **kwargs)
+        if self.merged:
+            self.merge()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.merged:
+            self.merge()
+
+
+class Linear(LoRALayer, nn.Linear):
+    """nn.Linear and an adapter: (..., in) → (..., out)."""
+
+    enable_lora: Sequence[bool] = (True,)  # one part, the whole output
+    fan_in_fan_out = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+        if fan_in_fan_out:
+            self.weight = nn.Parameter(self.weight.detach().T.contiguous())
+        self.merge_weights = merge_weights
+        n, part = sum(self.enable_lora), out_features // len(self.enable_lora)
+        a, b = (r * n, in_features), (part * n, r)
+        self._add_adapter(a, b, min(in_features, part), r, lora_alpha, lora_dropout)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.fan_in_fan_out:  # nn.Linear has taken the wrong side for the fan-in
+            bound = self.in_features**-0.5
+            for parameter in (self.weight,) if self.bias is None else (self.weight, self.bias):
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def frozen(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, self.bias)
+
+    def adapter(self, x: Tensor) -> Tensor:
+        return _up(self.scaling * F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        update = self.scaling * (b @ a)
+        return update.T if self.fan_in_fan_out else update
+
+
+class MergedLinear(Linear):
+    """A Linear whose output is len(enable_lora) equal parts; each enabled part has its own adapter.
+
+    A stacks their A_i, (r · enabled, in), and B their B_i, (part · enabled, r). GPT-2's query, key
+    and value are such a layer: [True, False, True] adapts query and value.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: Sequence[bool] = (False,),
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if len(enable_lora) == 0 or out_features % len(enable_lora):
+            raise ValueError(f"{enable_lora=} must cut {out_features=} into equal parts")
+        self.enable_lora = [bool(enabled) for enabled in enable_lora]
+        self.part = out_features // len(enable_lora)
+        settings = r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights
+        super().__init__(in_features, out_features, *settings, **kwargs)
+
+    def _enabled(self, a: Tensor, b: Tensor, dim: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number, A_i (or A_i x) and B_i of each enabled part."""
+        numbers = (i for i, enabled in enumerate(self.enable_lora) if enabled)
+        return zip(numbers, a.split(self.r, dim), b.split(self.part), strict=True)
+
+    def thin(self, x: Tensor) -> Tensor:
+        """frozen(x), and in each enabled part's columns + scaling · B_i(A_i(dropout(x)))"""
+        parts = list(self.frozen(x, self.base_weight).split(self.part, dim=-1))
+        x = self.lora_dropout(x).to(self.lora_A.dtype)
+        down = self.scaling * F.linear(x, self.lora_A)  # (..., r · enabled)
+        for i, h, b in self._enabled(down, self.lora_B, -1):
+            parts[i] = parts[i] + _up(h, b).to(parts[i].dtype)
+        return torch.cat(parts, dim=-1)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        parts = list(a.new_zeros(self.out_features, self.in_features).split(self.part))
+        for i, a_i, b_i in self._enabled(a, b, 0):
+            parts[i] = self.scaling * (b_i @ a_i)
+        return torch.cat(parts).T if self.fan_in_fan_out else torch.cat(parts)
+
+
+class Embedding(LoRALayer, nn.Embedding):
+    """nn.Embedding and an adapter: ids (...) → (..., dim). A is zero at the start, B normal.
+
+    The adapter's gradient is dense, also with `sparse`. `max_norm` bounds rows of W0, not of the
+    sum that is looked up, and rewrites them in forward: it is refused beside an adapter.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, **kwargs)
+        if r and self.max_norm is not None:
+            raise ValueError(f"max_norm={self.max_norm} does not go with an adapter, {r=}")
+        self.merge_weights = merge_weights
+        a, b = (r, num_embeddings), (embedding_dim, r)
+        self._add_adapter(a, b, min(num_embeddings, embedding_dim), r, lora_alpha, 0.0)
+
+    def _reset_adapter(self) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+    def frozen(self, x: Tensor, weight: Tensor) -> Tensor:
+        options = self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        return F.embedding(x, weight, self.padding_idx, *options)
+
+    def adapter(self, x: Tensor) -> Tensor:
+        a = self.lora_A.T
+        rows = F.embedding(x, a, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return _up(self.scaling * rows, self.lora_B)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.scaling * (b @ a).T
+
+
+class _ConvLoRA(LoRALayer):
+    """A convolution and one with delta for its kernel: (B, in, *grid) → (B, out, *grid).
+
+    With k the kernel's last side, A is (r · k, in · k) and B (out / groups · other sides, r · k):
+    BA has as many numbers as W0, whatever the kernel and the groups, and takes its shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, **kwargs)
+        self.merge_weights = merge_weights
+        *sides, k = self.kernel_size
+        columns, rows = in_channels * k, out_channels // self.groups * math.prod(sides)
+        limit = self.weight.numel() // (k * (columns + rows))
+        self._add_adapter((r * k, columns), (rows, r * k), limit, r, lora_alpha, lora_dropout)
+
+    def frozen(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+    def adapter(self, x: Tensor) -> Tensor:
+        kernel = self.delta(self.lora_A, self.lora_B)
+        return self._conv_forward(x.to(kernel.dtype), kernel, None)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.scaling * (b @ a).view(self.base_weight.shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("weight", "bias"):  # loralib 0.1.2 kept the convolution in a child, `conv`
+            if f"{prefix}conv.{name}" in state_dict:
+                state_dict[prefix + name] = state_dict.pop(f"{prefix}conv.{name}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Conv1d(_ConvLoRA, nn.Conv1d):
+    """nn.Conv1d and an adapter."""
+
+
+class Conv2d(_ConvLoRA, nn.Conv2d):
+    """nn.Conv2d and an adapter."""
+
+
+class Conv3d(_ConvLoRA, nn.Conv3d):
+    """nn.Conv3d and an adapter."""

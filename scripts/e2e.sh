@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# E2E NLG with LoRA: Hu et al. 2021 (arXiv 2106.09685), table 3, row "GPT-2 M (LoRA)", r 4 on q, v.
+# 42,061 rows, 5 epochs of 5,258 steps, 26,290 in all; 630 distinct test inputs, 4,693 references.
+# Expect, with GPT-2 medium and its last epoch, BLEU 68.7 to 69.0 (what people get who rerun the
+# original code); the paper's 70.4 is the best epoch of each run. Both length penalties in use are
+# decoded: 0.8 (the original's README) and 0.9 (the paper). What may be set is in pipeline.sh:
+#   TRAIN_ROWS=2000 VALID_ROWS=200 TEST_ROWS=500 WARMUP_STEP=50 bash scripts/e2e.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+task=e2e
+recipe=(--lora_dim 4 --lora_alpha 32 --lora_dropout 0.1 --label_smooth 0.1 --lr 2e-4
+  --weight_decay 0.01 --train_batch_size 8 --max_epoch 5 --seq_len 512)
+scoring=()
+length_penalties=(0.8 0.9)
+source scripts/pipeline.sh
+run_pipeline

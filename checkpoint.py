@@ -6,6 +6,7 @@ An adapter file is `.safetensors` with exactly the trained tensors, and one meta
 
 import argparse
 import hashlib
+import io
 import json
 import pickle
 import re
@@ -43,9 +44,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return _read_safetensors(path)[1]
     state = _read_pickle(path)
     state = state.get("model_state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(torch.is_tensor(t) for t in state.values()):
+    if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
         raise InputError(f"{path} is not a file of named tensors")
     return dict(state)
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    name, tensor = item
+    plain = torch.is_tensor(tensor) and tensor.layout is torch.strided and not tensor.is_meta
+    return isinstance(name, str) and plain
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -64,8 +71,9 @@ def _read_pickle(path: Path) -> object:
             f"{path} holds more than tensors and plain values, or is damaged; it was refused and "
             "nothing in it was run"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged pickle fails in any way there is
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"{path} is damaged: {reason}") from error
 
 
 def base_fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -94,8 +102,9 @@ def model_config(card: str, state: Mapping[str, Tensor] | None, **settings) -> G
     shape = dict(MODEL_CARDS[card])
     if state is not None:
         for field, name in (("vocab_size", "wte"), ("n_positions", "wpe")):
-            if f"transformer.{name}.weight" in state:
-                shape[field] = state[f"transformer.{name}.weight"].size(0)
+            table = state.get(f"transformer.{name}.weight")
+            if table is not None and table.dim() == 2:
+                shape[field] = table.size(0)
     return GPT2Config(**shape | settings)
 
 
@@ -249,8 +258,11 @@ def merge(model: GPT2LMModel) -> GPT2LMModel:
 
 def save_training_state(path: str | Path, state: dict) -> None:
     """Write all that a run needs to go on; tensors and plain values only."""
+    # Written in memory first: on a full disk torch's own writer fails without an OSError.
+    data = io.BytesIO()
+    torch.save(state, data)
     with replacing(path, "wb") as file:
-        torch.save(state, file)
+        file.write(data.getbuffer())
 
 
 def read_training_state(path: str | Path) -> dict:

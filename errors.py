@@ -1,12 +1,21 @@
 """What the user can mend: one sentence on stderr and exit code 2, never a traceback."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class InputError(Exception):
     """A mistake in the user's input. Its text is one sentence that names the file, line, tensor or
     flag at fault and says what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument as every other mistake is said, in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists every flag")
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -12,11 +12,11 @@ GPT-2's published files store them, (in, out), so nothing is transposed on loadi
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import loralib as lora
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import loralib as lora
 from errors import InputError
 
 MODEL_CARDS: dict[str, dict[str, int]] = {
@@ -63,7 +63,7 @@ class DecodeCache:
     common. Slots that no beam sees any more (padding, lost beams) are dropped now and then.
     """
 
-    STEPS_OF_ROOM = 16
+    STEPS_OF_ROOM = 8
 
     def __init__(self, lengths: Tensor, width: int) -> None:
         self.positions = lengths  # of each context's next token, (B,) int64

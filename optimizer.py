@@ -203,10 +203,11 @@ def _cycle(i_steps: str, i_lrs: str, lr: float) -> Callable[[int], float]:
             f"--i_steps and --i_lrs must be comma-separated numbers: {error}"
         ) from error
     rising = all(a < b for a, b in zip(points, points[1:], strict=False))
-    if len(points) != len(rates) or points[0] != 0 or not rising:
+    usable = all(0 <= rate < math.inf for rate in rates)
+    if len(points) != len(rates) or points[0] != 0 or not rising or not usable:
         raise InputError(
-            f"--i_steps {i_steps} and --i_lrs {i_lrs} must have one rate per step, and the steps "
-            "must rise from 0"
+            f"--i_steps {i_steps} and --i_lrs {i_lrs} must have one rate, 0 or more, per step, and "
+            "the steps must rise from 0"
         )
 
     return lambda step: float(np.interp(step, points, rates)) / lr

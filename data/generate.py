@@ -71,8 +71,8 @@ def worded(domain: Domain, values: dict[str, str], slot: str, rng: Random) -> st
 
 
 def tidy(text: str) -> str:
-    """Sentences start with a capital; `a` before a vowel is `an`."""
-    text = re.sub(r"\b(a)(?= [aeiou])", "an", text)
+    """Sentences start with a capital; `a` is `an` before a vowel, and before 8, 11 and 18."""
+    text = re.sub(r"\ba(?= (?:[aeiouAEIOU]|8|11\b|18\b))", "an", text)
     return re.sub(r"(^|[.?] )([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 

@@ -1,0 +1,268 @@
+"""Beam search: a model and prompts in, hypotheses out. Knows no files and no arguments.
+
+Two searches share one loop, `--search original` and `--search hf`:
+
+                          original (Hu et al. 2021)        hf (transformers' generate)
+    candidates a step     K                                max(2, 1 + number of end ids) * K
+    an ended beam         leaves a hole for that step      is replaced by the next candidate
+    bans and penalties    on logits, before the softmax    on log-probabilities, after it
+    n-grams and penalty   see the generated tokens         see the prompt too
+    a context is done     when nothing better can come     when K hypotheses have ended and the best
+                                                           live beam, were it to end here, is worse
+
+In both, a hypothesis scores Σ log p / length ** length_penalty, where length counts its generated
+tokens with the end token; live beams compete as unfinished ones behind the last step; the earlier
+one wins a tie. Shapes: B contexts, K beams, V vocabulary, M candidates, T generated tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+NEVER = float("-inf")
+
+
+class Cache(Protocol):
+    def reorder(self, parents: Tensor) -> None: ...
+    def keep(self, contexts: Tensor) -> None: ...
+
+
+class CachedModel(Protocol):
+    """What the search needs of a model; `model.GPT2LMModel` says what the methods do."""
+
+    def prefill(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]: ...
+    def step(self, input_ids: Tensor, cache: Cache) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Settings of a search. `min_length` and `eval_len` count generated tokens, the end token too;
+    `no_repeat_ngram_size` 0, `repetition_penalty` 1 and `length_penalty` 0 switch a rule off."""
+
+    beam: int = 10
+    length_penalty: float = 0.8
+    no_repeat_ngram_size: int = 4
+    repetition_penalty: float = 1.0
+    min_length: int = 0
+    eval_len: int = 64
+    end_ids: tuple[int, ...] = (50256, 628)
+    search: str = "original"
+
+    def __post_init__(self) -> None:
+        if self.beam < 1 or self.eval_len < 1:
+            raise ValueError(f"beam {self.beam} and eval_len {self.eval_len} must be at least 1")
+        if self.no_repeat_ngram_size < 0 or self.min_length < 0:
+            raise ValueError("no_repeat_ngram_size and min_length must not be negative")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0")
+        if not -100 <= self.length_penalty <= 100:
+            raise ValueError(f"length_penalty {self.length_penalty} must be from -100 to 100")
+        if self.search not in ("original", "hf"):
+            raise ValueError(f"search {self.search!r} must be original or hf")
+
+    @property
+    def candidates(self) -> int:
+        """Continuations looked at per step. With one beam, transformers searches greedily."""
+        if self.search == "original" or self.beam == 1:
+            return self.beam
+        return max(2, 1 + len(self.end_ids)) * self.beam
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Generated token ids, the end id included where `finished`, and their score."""
+
+    tokens: list[int]
+    score: float
+    finished: bool
+
+
+@torch.inference_mode()
+def beam_search(
+    model: CachedModel,
+    prompts: Sequence[Tensor],
+    settings: SearchSettings,
+    batch_size: int = 16,
+    num_return_sequences: int = 1,
+    on_done: Callable[[int], object] | None = None,
+) -> list[list[Hypothesis]]:
+    """Search every prompt, (P,) int64 each: its best hypotheses, best first, in the order given.
+
+    Prompts are searched longest first, `batch_size` at a time; a prompt's hypotheses do not depend
+    on the others. There are fewer than `num_return_sequences` only where fewer exist, and one
+    empty hypothesis of score -inf where every first token is banned.
+
+    Args:
+        on_done: is called with the number of prompts that have just been completed.
+
+    Raises:
+        ValueError: more sequences are wanted than there are beams, or the model's logits are NaN.
+    """
+    if not 1 <= num_return_sequences <= settings.beam:
+        raise ValueError(
+            f"num_return_sequences {num_return_sequences} must be from 1 to beam {settings.beam}"
+        )
+    found: list[list[Hypothesis]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        search = _Search([prompts[row] for row in rows], rows, settings, num_return_sequences)
+        for row, hypotheses in search.run(model):
+            found[row] = hypotheses[:num_return_sequences] or [Hypothesis([], NEVER, False)]
+            if on_done:
+                on_done(1)
+    return found
+
+
+class _Search:
+    """The contexts of one batch that are still searched; `rows` are their numbers."""
+
+    def __init__(
+        self, prompts: list[Tensor], rows: list[int], settings: SearchSettings, wanted: int
+    ) -> None:
+        batch, device = len(prompts), prompts[0].device
+        self.settings, self.rows = settings, rows
+        self.end_ids = torch.tensor(settings.end_ids, dtype=torch.int64, device=device)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.prompts = pad_sequence(prompts, batch_first=True)
+        # (B, P) with -1 on the left, which equals no token, so that ends stand in one column
+        self.history = pad_sequence(prompts, True, padding_value=-1, padding_side="left")
+        self.tokens = torch.empty(batch, 1, 0, dtype=torch.int64, device=device)  # (B, K, T)
+        self.scores = torch.zeros(batch, 1, device=device)  # (B, K) Σ log p, best first
+        # Per context the best hypotheses so far, best first, and what a better one must exceed.
+        self.places = settings.beam if settings.search == "hf" else wanted
+        self.best: list[list[Hypothesis]] = [[] for _ in prompts]
+        self.threshold = torch.full((batch,), NEVER, device=device)
+
+    def run(self, model: CachedModel) -> Iterator[tuple[int, list[Hypothesis]]]:
+        """Yield each context's row and hypotheses as soon as it is done."""
+        logits, cache = model.prefill(self.prompts, self.lengths)
+        if logits.isnan().any():
+            raise ValueError("the model's logits are NaN; are its weights damaged?")
+        logits = logits.unsqueeze(1)
+        while True:
+            parents = self.advance(logits.float())
+            done = self.done()
+            if done.any():
+                yield from ((self.rows[i], self.best[i]) for i in done.nonzero()[:, 0].tolist())
+                live = (~done).nonzero()[:, 0]
+                if not len(live):
+                    return
+                self.keep(live)
+                cache.keep(live)
+                parents = parents[live]
+            cache.reorder(parents)
+            logits = model.step(self.tokens[..., -1], cache)
+
+    def keep(self, contexts: Tensor) -> None:
+        """Drop every context but those of the given indices."""
+        for name in ("rows", "best"):
+            setattr(self, name, [getattr(self, name)[i] for i in contexts.tolist()])
+        for name in ("history", "tokens", "scores", "threshold"):
+            setattr(self, name, getattr(self, name)[contexts])
+
+    def advance(self, logits: Tensor) -> Tensor:
+        """Lengthen all beams by one token, given logits (B, K, V), which are overwritten; which
+        beam each continues, (B, K)."""
+        beams = self.settings.beam
+        sums, parents, chosen = self.continuations(logits)
+        tokens = torch.cat((_select(self.tokens, parents), chosen.unsqueeze(2)), dim=2)
+        ended = torch.isin(chosen, self.end_ids)
+        stops = ended | (tokens.size(2) == self.settings.eval_len)
+        self.offer(tokens[:, :beams], sums[:, :beams], stops[:, :beams], ended[:, :beams])
+        sums, order = sums.masked_fill(ended, NEVER).sort(dim=1, descending=True, stable=True)
+        order = order[:, :beams]
+        self.scores, self.tokens = sums[:, :beams], _select(tokens, order)
+        return parents.gather(1, order)
+
+    def continuations(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best continuations of all beams, best first: Σ log p, beam and token, (B, M) each.
+        Where there are fewer than M, the rest has -inf."""
+        count = self.settings.candidates
+        if self.settings.search == "original":
+            log_probs = self.restrict(logits, self.tokens).log_softmax(-1)
+        else:
+            prompts = self.history.unsqueeze(1).expand(-1, logits.size(1), -1)
+            log_probs = self.restrict(
+                logits.log_softmax(-1), torch.cat((prompts, self.tokens), dim=2)
+            )
+        best, tokens = log_probs.topk(min(count, logits.size(2)), dim=2)
+        best = best.masked_fill(best.isnan(), NEVER)  # the softmax of a beam with all banned
+
+        stuck = best[..., 0] == NEVER
+        self.offer(self.tokens, self.scores, stuck, torch.zeros_like(stuck))
+        sums = (self.scores.unsqueeze(2) + best).flatten(1)
+        missing = max(0, count - sums.size(1))
+        sums, order = F.pad(sums, (0, missing), value=NEVER).sort(
+            dim=1, descending=True, stable=True
+        )
+        sums, order = sums[:, :count], order[:, :count]
+        parents = (order // best.size(2)).clamp(max=logits.size(1) - 1)
+        return sums, parents, F.pad(tokens.flatten(1), (0, missing)).gather(1, order)
+
+    def restrict(self, scores: Tensor, history: Tensor) -> Tensor:
+        """Apply penalty and bans to scores (B, K, V), given history (B, K, T), in place."""
+        settings = self.settings
+        if settings.repetition_penalty != 1 and history.size(2):
+            # A padding's place is taken by a token that is penalised anyhow.
+            seen = torch.where(history < 0, history[..., -1:], history)
+            old, penalty = scores.gather(2, seen), settings.repetition_penalty
+            scores.scatter_(2, seen, torch.where(old < 0, old * penalty, old / penalty))
+        if self.tokens.size(2) < settings.min_length:
+            scores[..., self.end_ids] = NEVER
+        if 0 < settings.no_repeat_ngram_size <= history.size(2):
+            ban_repeated_ngrams(scores, history, settings.no_repeat_ngram_size)
+        return scores
+
+    def offer(self, tokens: Tensor, sums: Tensor, stops: Tensor, ended: Tensor) -> None:
+        """Let beams (B, M) that stop here compete for a place among the best hypotheses."""
+        scores = sums / max(tokens.size(2), 1) ** self.settings.length_penalty
+        better = stops & (scores > self.threshold.unsqueeze(1))
+        contexts = better.nonzero()[:, 0].tolist()
+        columns = (column[better].tolist() for column in (tokens, scores, ended))
+        for context, *hypothesis in zip(contexts, *columns, strict=True):
+            best = self.best[context]
+            best.append(Hypothesis(*hypothesis))
+            best.sort(key=lambda h: -h.score)
+            del best[self.places :]
+            if len(best) == self.places:
+                self.threshold[context] = best[-1].score
+
+    def done(self) -> Tensor:
+        """Which contexts are, (B,) bool.
+
+        original: those where no live beam can win any more, which changes no result. A log p is
+        never positive, so whatever a live beam of sum s <= 0 and length t grows into has a sum
+        <= s and a length l from t + 1 to eval_len, hence a score <= s / l ** length_penalty. That
+        is largest at l = eval_len for a penalty >= 0 and at l = t + 1 for a negative one, and the
+        beam of the largest s bounds all. Bound and scores are rounded alike, and what only equals
+        the last hypothesis wanted does not replace it.
+
+        hf: transformers' own rule (early_stopping=False), l = t, which bounds nothing.
+        """
+        settings, length = self.settings, self.tokens.size(2)
+        bound_length = length
+        if settings.search == "original":
+            bound_length = settings.eval_len if settings.length_penalty >= 0 else length + 1
+        bound = self.scores[:, 0] / bound_length**settings.length_penalty
+        return (bound <= self.threshold) | (length == settings.eval_len)
+
+
+def _select(tokens: Tensor, beams: Tensor) -> Tensor:
+    """Rows (B, M, T) of tokens (B, K, T) that beams (B, M) name."""
+    return tokens.gather(1, beams.unsqueeze(2).expand(-1, -1, tokens.size(2)))
+
+
+def ban_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> None:
+    """Set scores (B, K, V) to -inf, in place, for each token that would complete an n-gram of
+    `size` that history (B, K, T), T >= size, has already; entries below 0 are padding."""
+    ngrams = history.unfold(2, size, 1)  # (B, K, T - size + 1, size)
+    started = history[..., history.size(2) - size + 1 :].unsqueeze(2)
+    repeats = (ngrams[..., :-1] == started).all(-1) & (ngrams[..., -1] >= 0)
+    context, beam, place = repeats.nonzero(as_tuple=True)
+    scores[context, beam, ngrams[context, beam, place, -1]] = NEVER

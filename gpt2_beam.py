@@ -1,0 +1,286 @@
+"""Decode with GPT-2 and a LoRA adapter: adapter + JSONL -> beam search -> predictions.
+
+    python gpt2_beam.py --adapter runs/001          the shipped sample with its nano base
+    python gpt2_beam.py --data test.jsonl --vocab vocab --init_checkpoint gpt2-medium \\
+        --adapter runs/e2e --output_file runs/e2e/predictions.jsonl
+    torchrun --nproc_per_node 4 gpt2_beam.py ...    the same file, by four processes
+
+The predictions file has one object for each row of the data, in its order: id, context, prediction
+(token ids, the end id included), text (where --vocab is given), score, length, finished. Each
+distinct context is searched once. Defaults are the published E2E settings.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import checkpoint
+import gpu
+from beam_search import Hypothesis, SearchSettings, beam_search
+from data_utils import (
+    END_OF_TEXT,
+    FT_Dataset,
+    default_end_ids,
+    load_tokenizer,
+    vocabulary_fingerprint,
+)
+from errors import InputError
+from errors import run as run_program
+from files import read_json_lines, replacing
+from model import MODEL_CARDS, GPT2LMModel
+
+ROOT = Path(__file__).resolve().parent
+SAMPLE = ROOT / "data" / "sample" / "settings.json"
+GPT2_VOCABULARY = 50257
+GPT2_END_IDS = [50256, 628]  # end of text, blank line
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} texts, {rate_noinv_fmt}, {remaining} left"
+
+Context = tuple[int, ...]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag, with the published E2E settings as defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpu.add_gpu_params(parser)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="JSONL with a context in each row, text or token ids")
+    add("--vocab", help="folder of the vocabulary; needed for text, in and out")
+    add("--seq_len", type=int, help="room for context and output (default: the model's window)")
+    add("--batch_size", type=int, default=16, help="contexts searched at once; no effect on texts")
+    add = parser.add_argument_group("model").add_argument
+    add("--init_checkpoint", help="base weights: file or folder")
+    add("--adapter", help="adapter file, or the work_dir of its training: the last one in there")
+    add("--allow_other_base", action="store_true", help="than the adapter was trained on")
+    add("--model_card", help=f"{', '.join(MODEL_CARDS)} (default: the adapter's, or gpt2.md)")
+    add("--lora_dim", type=int, help="default: the adapter's")
+    add("--lora_alpha", type=float, help="default: the adapter's; its original files do not say it")
+    add = parser.add_argument_group("search").add_argument
+    add("--search", choices=("original", "hf"), default="original", help="hf: as transformers")
+    add("--beam", type=int, default=10, help="default: %(default)s")
+    add("--length_penalty", type=float, default=0.8, help="larger favours longer (default: 0.8)")
+    add("--no_repeat_ngram_size", type=int, default=4, help="0 to allow all (default: 4)")
+    add("--repetition_penalty", type=float, default=1.0, help="1 for none (default: 1)")
+    add("--min_length", type=int, default=0, help="in generated tokens (default: 0)")
+    add("--eval_len", type=int, default=64, help="most generated tokens (default: 64)")
+    add(
+        "--eos_token_id",
+        type=int,
+        action="append",
+        help="id that ends a text, may be repeated (default: end-of-text and the blank line)",
+    )
+    add("--num_return_sequences", type=int, default=1, help="more than 1 adds the n_best field")
+    add = parser.add_argument_group("output").add_argument
+    add("--work_dir", help="folder that --output_file is relative to")
+    add("--output_file", help="default: predictions.jsonl in --work_dir, without that in runs")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments, with the sample's data, base and vocabulary where neither data nor base is given.
+
+    Raises:
+        InputError: an argument is missing or out of its range.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.uses_sample = not (args.data or args.init_checkpoint)
+    if args.uses_sample:
+        sample = json.loads(SAMPLE.read_text(encoding="utf-8"))
+        args.data = str(SAMPLE.with_name("test.jsonl"))
+        args.init_checkpoint = str(ROOT / sample["init_checkpoint"])
+        args.vocab = args.vocab or str(ROOT / sample["vocab"])
+        args.model_card = args.model_card or sample["model_card"]
+    if not args.data:
+        raise InputError("--data is missing; give a JSONL file with a context in each row")
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size {args.batch_size} must be at least 1")
+    if not 1 <= args.num_return_sequences <= args.beam:
+        raise InputError(
+            f"--num_return_sequences {args.num_return_sequences} must be from 1 to --beam {args.beam}"
+        )
+    folder = args.work_dir or ("" if args.output_file else "runs")
+    args.output_file = str(Path(folder) / (args.output_file or "predictions.jsonl"))
+    return args
+
+
+def check_vocabulary(
+    args: argparse.Namespace, tokenizer: Tokenizer, model: GPT2LMModel, header: dict | None
+) -> None:
+    """Refuse a vocabulary that is not the model's or not the one that the adapter learnt."""
+    size = tokenizer.get_vocab_size()
+    if size != model.config.vocab_size:
+        raise InputError(
+            f"--vocab {args.vocab} has {size} entries but --init_checkpoint {args.init_checkpoint} "
+            f"{model.config.vocab_size}; give the vocabulary of that base"
+        )
+    trained = header and header["vocabulary"]
+    if trained and trained["sha256"] != vocabulary_fingerprint(tokenizer):
+        raise InputError(f"--vocab {args.vocab} is not the one that --adapter was trained with")
+
+
+def search_settings(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int
+) -> SearchSettings:
+    """The settings that the flags give; warns where texts may not find their end.
+
+    Raises:
+        InputError: a value is out of range, or the end ids are not known.
+    """
+    trained_end = None
+    if tokenizer is not None:
+        defaults = default_end_ids(tokenizer)
+        trained_end = tokenizer.token_to_id(END_OF_TEXT)
+    elif vocab_size == GPT2_VOCABULARY:
+        defaults, trained_end = GPT2_END_IDS, GPT2_END_IDS[0]
+    elif not args.eos_token_id:
+        raise InputError(
+            f"the end ids of a vocabulary of {vocab_size} entries are not known; give --vocab, or "
+            "--eos_token_id"
+        )
+    end_ids = args.eos_token_id or defaults
+    if outside := [i for i in end_ids if not 0 <= i < vocab_size]:
+        raise InputError(f"--eos_token_id {outside[0]} is not a token id below {vocab_size}")
+    if trained_end is not None and trained_end not in end_ids and args.rank == 0:
+        both = " ".join(f"--eos_token_id {i}" for i in (trained_end, *end_ids))
+        print(
+            f"warning: texts were trained to end on {trained_end}, which is not among the end ids, "
+            f"so they may run on to --eval_len; for both give {both}",
+            file=sys.stderr,
+        )
+    names = SearchSettings.__dataclass_fields__.keys() - {"end_ids"}
+    try:
+        return SearchSettings(
+            end_ids=tuple(dict.fromkeys(end_ids)), **{name: getattr(args, name) for name in names}
+        )
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+
+
+def load_contexts(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, model: GPT2LMModel
+) -> list[Context]:
+    """The context of each row as token ids; those too long lose their head, and are counted."""
+    window = model.config.n_positions
+    args.seq_len = args.seq_len or window
+    if args.seq_len > window:
+        raise InputError(f"--seq_len {args.seq_len} is above the model's {window}")
+    if args.eval_len >= args.seq_len:
+        raise InputError(
+            f"--eval_len {args.eval_len} leaves no room for a context in --seq_len {args.seq_len}"
+        )
+    data = FT_Dataset(
+        args.data,
+        args.batch_size,
+        args.seq_len,
+        args.eval_len,
+        tokenizer=tokenizer,
+        vocab_size=model.config.vocab_size,
+        need_completion=False,
+    )
+    cut = sum(len(row.context) > data.max_query_length for row in data.rows)
+    if cut and args.rank == 0:
+        print(
+            f"{cut} of {len(data)} contexts are longer than --seq_len {args.seq_len} less "
+            f"--eval_len {args.eval_len}; only their last {data.max_query_length} tokens count"
+        )
+    return [tuple(data[i]["query"].tolist()) for i in range(len(data))]
+
+
+def search_contexts(
+    args: argparse.Namespace,
+    model: GPT2LMModel,
+    contexts: list[Context],
+    settings: SearchSettings,
+) -> dict[Context, list[Hypothesis]]:
+    """The hypotheses of each distinct context, searched by all processes together.
+
+    Whole batches go to a process, so that each is the same whatever the number of processes.
+    """
+    distinct = sorted(dict.fromkeys(contexts), key=len, reverse=True)
+    starts = range(0, len(distinct), args.batch_size)[args.rank :: args.world_size]
+    mine = [context for i in starts for context in distinct[i : i + args.batch_size]]
+    prompts = [torch.tensor(context, device=args.device) for context in mine]
+    hide = args.rank > 0 or not sys.stderr.isatty()
+    with tqdm(total=len(mine), unit="", bar_format=BAR, disable=hide) as bar, gpu.autocast(args):
+        found = beam_search(
+            model, prompts, settings, args.batch_size, args.num_return_sequences, bar.update
+        )
+    parts = gpu.distributed_gather(args, dict(zip(mine, found, strict=True)))
+    return {context: hypotheses for part in parts for context, hypotheses in part.items()}
+
+
+def describe(hypothesis: Hypothesis, tokenizer: Tokenizer | None) -> dict:
+    """A hypothesis as it stands in the predictions file."""
+    tokens = hypothesis.tokens
+    fields: dict = {"prediction": tokens}
+    if tokenizer is not None:
+        words = tokens[:-1] if hypothesis.finished else tokens
+        fields["text"] = tokenizer.decode(words, skip_special_tokens=False).strip()
+    score = round(hypothesis.score, 4) if tokens else None
+    return fields | {"score": score, "length": len(tokens), "finished": hypothesis.finished}
+
+
+def write_predictions(
+    args: argparse.Namespace,
+    contexts: list[Context],
+    found: dict[Context, list[Hypothesis]],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """One JSON object a row, in the order of the data, with its context as it is there."""
+    with replacing(args.output_file) as file:
+        for number, row in enumerate(read_json_lines(args.data)):
+            best = [describe(hypothesis, tokenizer) for hypothesis in found[contexts[number]]]
+            prediction = {"id": number, "context": row["context"]} | best[0]
+            if args.num_return_sequences > 1:
+                prediction["n_best"] = best
+            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+
+
+def decode(args: argparse.Namespace) -> None:
+    """Load, search, write, and say what came out."""
+    if args.uses_sample and args.rank == 0:
+        print(
+            "Neither --data nor --init_checkpoint given: decoding the shipped sample with the "
+            "shipped nano base. For your own: --data FILE --vocab FOLDER --init_checkpoint FILE"
+        )
+    tokenizer = load_tokenizer(args.vocab) if args.vocab else None
+    model, header = checkpoint.load_for_decoding(args)
+    if tokenizer is not None:
+        check_vocabulary(args, tokenizer, model, header)
+    settings = search_settings(args, tokenizer, model.config.vocab_size)
+    contexts = load_contexts(args, tokenizer, model)
+    if not args.bf16:
+        model.pack()
+    started = time.perf_counter()
+    found = search_contexts(args, model, contexts, settings)
+    seconds = time.perf_counter() - started
+    if args.rank == 0:
+        write_predictions(args, contexts, found, tokenizer)
+        unfinished = sum(not found[context][0].finished for context in contexts)
+        print(
+            f"{len(contexts):,} rows, {len(found):,} distinct contexts, "
+            f"{len(found) / seconds:.2f} texts/s, {unfinished:,} unfinished at --eval_len "
+            f"{args.eval_len}; into {args.output_file}"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program with the given or the command line's arguments."""
+    args = parse_args(argv)
+    gpu.parse_gpu(args)
+    try:
+        decode(args)
+    finally:
+        gpu.cleanup(args)
+
+
+if __name__ == "__main__":
+    run_program(main)

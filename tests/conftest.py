@@ -1,0 +1,136 @@
+"""What the tests share: one thread, a tiny base with tiny data, and the folder of outside data."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import model
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+VOCABULARY, POSITIONS = 64, 32
+TINY_CARD = {"n_layer": 2, "n_head": 2, "n_embd": 16}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_the_signals_of_the_test_runner():
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of outside data and oracles beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there: nothing outside to compare with")
+    return SHARED
+
+
+def random_base(card: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights of a base large enough to tell inputs apart, under canonical names."""
+    torch.manual_seed(seed)
+    shape = card | {"vocab_size": VOCABULARY, "n_positions": POSITIONS}
+    base = model.GPT2LMModel(model.GPT2Config(**shape))
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in base.state_dict().items()
+    }
+
+
+def random_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Encoded rows of unequal lengths."""
+    draw = random.Random(seed)
+
+    def ids(least: int, most: int) -> list[int]:
+        return [draw.randrange(VOCABULARY) for _ in range(draw.randint(least, most))]
+
+    return [{"context": ids(2, 8), "completion": ids(1, 9)} for _ in range(count)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Tiny:
+    """Files of a tiny training run, and its command line."""
+
+    folder: Path
+    base: Path
+    card: str
+
+    def argv(self, work_dir: str | Path, *more: object) -> list[str]:
+        """Arguments of a run of 12 steps, 6 an epoch, into a folder; `more` rules."""
+        settings = {
+            "train_data": self.folder / "train.jsonl", "valid_data": self.folder / "valid.jsonl",
+            "init_checkpoint": self.base, "model_card": self.card, "device": "cpu",
+            "lora_dim": 2, "lora_alpha": 8, "lora_dropout": 0.2, "lr": 0.01, "warmup_step": 2,
+            "train_batch_size": 2, "grad_acc": 2, "seq_len": POSITIONS, "max_epoch": 2,
+            "log_interval": 1, "eval_interval": 4, "save_interval": 3,
+            "work_dir": self.folder / work_dir,
+        }  # fmt: skip
+        pairs = [(f"--{name}", str(value)) for name, value in settings.items()]
+        return [part for pair in pairs for part in pair] + [str(part) for part in more]
+
+
+def _write_tiny(folder: Path, card: str) -> Tiny:
+    base = folder / "base.safetensors"
+    safetensors.torch.save_file(random_base(model.MODEL_CARDS[card]), base)
+    write_rows(folder / "train.jsonl", random_rows(21))
+    write_rows(folder / "valid.jsonl", random_rows(7, seed=1))
+    return Tiny(folder, base, card)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A run of a two-layer model, for calls within this process."""
+    monkeypatch.setitem(model.MODEL_CARDS, "gpt2.tiny", TINY_CARD)
+    return _write_tiny(tmp_path, "gpt2.tiny")
+
+
+@pytest.fixture
+def nano(tmp_path: Path) -> Tiny:
+    """The same with a card that other processes know too; random weights."""
+    return _write_tiny(tmp_path, "gpt2.nano")
+
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start(command: list[object], **options) -> subprocess.Popen:
+    """A program of this repository in another process with one thread; pipes of text."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=options.pop("cwd", ROOT),
+        env=environment | {"OMP_NUM_THREADS": "1"} | options.pop("env", {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a started program."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err

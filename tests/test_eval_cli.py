@@ -1,0 +1,192 @@
+"""The command line of eval/evaluate.py: what it reads, prints and writes, and its exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+
+from errors import InputError
+from eval import evaluate
+from eval.metrics import e2e_scores, webnlg_scores
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCES = [
+    ["The red inn is by the river .", "By the river is a red inn ."],
+    ["A cheap pub serves fish .", "Fish is served in a cheap pub .", "The pub is cheap ."],
+    ["Our town has five old cafes ."],
+]
+OUTPUTS = ["The red inn is near the river .", "A cheap pub serves fish .", "There are some cafes ."]
+OTHER = ["An inn .", "Fish .", "Our town has five old cafes ."]
+NO_JAVA = ["--metrics", "bleu,nist"]
+
+
+@pytest.fixture
+def e2e(tmp_path: Path) -> list[str]:
+    """Arguments that name E2E files of three items."""
+    references = "".join("\n".join(texts) + "\n\n" for texts in REFERENCES)
+    (tmp_path / "refs.txt").write_text(references, encoding="utf-8")
+    for name, outputs in (("hyp.txt", OUTPUTS), ("other.txt", OTHER)):
+        (tmp_path / name).write_text("\n".join(outputs) + "\n", encoding="utf-8")
+    named = ("--references", tmp_path / "refs.txt", "--hypotheses", tmp_path / "hyp.txt")
+    return ["--task", "e2e", *map(str, named)]
+
+
+@pytest.fixture
+def decoded(tmp_path: Path) -> list[str]:
+    """Arguments that name WebNLG data rows and predictions for the same items."""
+    rows, predictions = [], []
+    for i, texts in enumerate(REFERENCES):
+        for text in texts:
+            context = f"Inn_{i} : place : river"
+            predictions.append({"id": len(rows), "text": OUTPUTS[i] + "<|endoftext|>!"})
+            rows.append({"context": context, "completion": text, "seen": i != 1})
+    data = write_rows(tmp_path / "test.jsonl", rows)
+    made = write_rows(tmp_path / "predictions.jsonl", predictions)
+    return ["--task", "webnlg", "--data", str(data), "--predictions", str(made)]
+
+
+def result_of(arguments: list[str], tmp_path: Path) -> dict:
+    path = tmp_path / "out.json"
+    assert evaluate.main([*arguments, "--json", str(path)]) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_result_has_scores_first_then_counts(e2e, tmp_path, capsys):
+    result = result_of([*e2e, *NO_JAVA], tmp_path)
+    assert next(iter(result)) == "scores"
+    assert result["scores"] == e2e_scores(REFERENCES, OUTPUTS, ("BLEU", "NIST"))
+    assert (result["items"], result["references"], result["references_left_out"]) == (3, 6, 0)
+    assert result["sacrebleu"]["BLEU"]["signature"].startswith("nrefs:var|case:mixed")
+    printed = capsys.readouterr().out
+    assert "3 items, 6 references (1 to 3 an item), 0 left out" in printed
+    assert f"{result['scores']['BLEU']:.4f}" in printed
+    assert f"{result['scores']['NIST']:.4f}" in printed
+
+
+def test_left_out_references_are_counted(e2e, tmp_path):
+    result = result_of([*e2e, *NO_JAVA, "--ref_num", "1"], tmp_path)
+    first = [texts[:1] for texts in REFERENCES]
+    assert result["scores"]["BLEU"] == e2e_scores(first, OUTPUTS, ["BLEU"])["BLEU"]
+    assert (result["references"], result["references_left_out"]) == (3, 3)
+
+
+def test_predictions_with_data_score_as_the_files_written_from_them(decoded, tmp_path):
+    metrics = ["--metrics", "bleu,ter,chrf++"]
+    stem, hypotheses = str(tmp_path / "reference"), str(tmp_path / "hypothesis.txt")
+    write = ["--write_references", stem, "--write_hypotheses", hypotheses]
+    from_data = result_of([*decoded, *metrics, *write], tmp_path)
+    assert Path(hypotheses).read_text(encoding="utf-8").splitlines()[0].islower()
+    files = ["--task", "webnlg", "--references", stem, "--hypotheses", hypotheses]
+    from_files = result_of([*files, *metrics], tmp_path)
+    for key in ("scores", "items", "references"):
+        assert from_data[key] == from_files[key]
+
+
+def test_seen_and_unseen_are_scored_apart(decoded, tmp_path, capsys):
+    metrics = ("BLEU", "TER", "chrF++")
+    result = result_of([*decoded, "--metrics", ",".join(metrics)], tmp_path)
+    low = [[text.lower() for text in texts] for texts in REFERENCES]
+    outputs = [text.lower() for text in OUTPUTS]
+    parts = {"seen": (0, 2), "unseen": (1,)}
+    for name, chosen in parts.items():
+        want = webnlg_scores([low[i] for i in chosen], [outputs[i] for i in chosen], metrics)
+        assert result["subsets"][name]["scores"] == pytest.approx(want)
+        assert result["subsets"][name]["items"] == len(chosen)
+    assert "subset unseen: 1 items, 3 references" in capsys.readouterr().out
+
+
+def test_bootstrap_and_a_second_system(e2e, tmp_path, capsys):
+    other = ["--compare", str(tmp_path / "other.txt")]
+    result = result_of([*e2e, *NO_JAVA, "--bootstrap", "100", *other], tmp_path)
+    assert result["bootstrap"]["samples"] == 100
+    compare = result["compare"]
+    assert compare["scores"] == e2e_scores(REFERENCES, OTHER, ("BLEU", "NIST"))
+    for name, score in result["scores"].items():
+        interval = result["bootstrap"]["intervals"][name]
+        assert interval["low"] <= interval["mean"] <= interval["high"]
+        assert compare["differences"][name] == pytest.approx(score - compare["scores"][name])
+        assert 0 < compare["p_values"][name] <= 1
+    header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("metric"))
+    for title in ("score", "95 % interval", "sacreBLEU", "other", "difference", "p"):
+        assert title in header
+
+
+def test_report_shows_worst_and_best_items(e2e, tmp_path):
+    (tmp_path / "inputs.txt").write_text("in one\nin two\nin three\n", encoding="utf-8")
+    report = tmp_path / "report.txt"
+    more = ["--inputs", str(tmp_path / "inputs.txt"), "--compare", str(tmp_path / "other.txt")]
+    result_of([*e2e, *NO_JAVA, *more, "--report", str(report), "--report_items", "1"], tmp_path)
+    worst, best = report.read_text(encoding="utf-8").split("The 1 best of 3 items by BLEU")
+    assert worst.startswith("The 1 worst of 3 items by BLEU")
+    for part, i, name in ((worst, 2, "in three"), (best, 1, "in two")):
+        assert f"item {i + 1}\n" in part
+        for text in (name, OUTPUTS[i], OTHER[i], *REFERENCES[i]):
+            assert text in part
+    assert "(BLEU 1.0000)" in best
+
+
+def test_without_java_null_rows_give_the_reason(e2e, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = result_of(e2e, tmp_path)
+    for name in ("METEOR", "ROUGE_L", "CIDEr"):
+        assert result["scores"][name] is None
+        assert "no java on the PATH" in result["reasons"][name]
+    assert result["scores"]["BLEU"] > 0
+    assert "METEOR is null: no java on the PATH" in capsys.readouterr().out
+    assert evaluate.main([*e2e, "--metrics", "bleu,meteor"]) == 1
+
+
+def test_one_item_gets_a_warning_about_cider(tmp_path, capsys):
+    for name in ("refs.txt", "hyp.txt"):
+        (tmp_path / name).write_text("one old inn by the river\n", encoding="utf-8")
+    named = ["--references", str(tmp_path / "refs.txt"), "--hypotheses", str(tmp_path / "hyp.txt")]
+    evaluate.main(["--task", "e2e", *named, "--metrics", "cider"])
+    assert "CIDEr of fewer than two items is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "x.jsonl"], "not a mix"),
+        (["--metrics", "bleu,spice"], "spice: task e2e has bleu, nist, meteor, rouge_l, cider"),
+        (["--ref_num", "0"], "--ref_num 0 is too small"),
+        (["--bootstrap", "-1"], "--bootstrap -1 is too small"),
+        (["--compare", "nowhere.txt"], "cannot read nowhere.txt"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_sentence(e2e, more, message):
+    with pytest.raises(InputError, match=message):
+        evaluate.main([*e2e, *more])
+
+
+def test_unequal_counts_name_files_and_items(e2e, tmp_path):
+    (tmp_path / "hyp.txt").write_text("only one\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"hyp.txt has 1 outputs, .*refs.txt has 3 items"):
+        evaluate.main([*e2e, *NO_JAVA])
+
+
+def test_the_script_runs_from_any_folder(e2e, tmp_path):
+    script = [sys.executable, "-W", "error", str(ROOT / "eval" / "evaluate.py")]
+    run = {"cwd": tmp_path, "capture_output": True, "encoding": "utf-8"}
+    done = subprocess.run([*script, *e2e, *NO_JAVA], **run)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "BLEU" in done.stdout
+    wrong = subprocess.run([*script, *e2e, "--metrics", "x"], **run)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --metrics x")
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="no java on the PATH: METEOR needs it")
+def test_all_scores_of_a_task_in_one_run(e2e, tmp_path, capsys):
+    report = tmp_path / "report.txt"
+    result = result_of([*e2e, "--bootstrap", "20", "--report", str(report)], tmp_path)
+    assert list(result["scores"]) == ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
+    assert None not in result["scores"].values()
+    assert result["reasons"] == {}
+    assert result["meteor"] == {"version": "1.5", "flags": "-l en -norm"}
+    assert "METEOR 1.5, flags -l en -norm" in capsys.readouterr().out
+    assert report.read_text(encoding="utf-8").startswith("The 3 worst of 3 items by METEOR")

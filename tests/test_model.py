@@ -1,0 +1,233 @@
+"""The model against transformers and torch, and its weight loading."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CARD, random_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import loralib as lora
+import model
+from errors import InputError
+from model import MODEL_CARDS, GPT2Config, GPT2LMModel
+
+
+def tiny_model(**settings) -> GPT2LMModel:
+    return GPT2LMModel(GPT2Config(vocab_size=64, n_positions=32, **TINY_CARD, **settings))
+
+
+def hf_model(config: GPT2Config) -> torch.nn.Module:
+    from transformers import GPT2Config as HFConfig
+    from transformers import GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    fields = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    shape = {field: getattr(config, field) for field in fields}
+    other = GPT2LMHeadModel(HFConfig(**shape)).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return other
+
+
+def small_config(card: dict[str, int]) -> GPT2Config:
+    """The card with its own ratio of layers, heads and head width, narrowed eightfold."""
+    head_width = card["n_embd"] // card["n_head"] // 8
+    return GPT2Config(
+        vocab_size=97,
+        n_positions=40,
+        n_layer=max(2, card["n_layer"] // 12),
+        n_head=card["n_head"],
+        n_embd=card["n_head"] * head_width,
+    )
+
+
+@pytest.mark.parametrize("card", MODEL_CARDS)
+def test_logits_equal_transformers(card: str) -> None:
+    config = small_config(MODEL_CARDS[card])
+    other = hf_model(config)
+    ours = GPT2LMModel(config).eval()
+    ours.load_weight(other.state_dict())
+    ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, got = other(ids).logits, ours(ids)[0]
+    assert (got - expected).abs().max() < 1e-4
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "card, expected",
+    [("gpt2.sm", 147_456), ("gpt2.md", 393_216), ("gpt2.lg", 737_280)],
+)
+def test_trainable_parameters_are_those_of_rank_4_on_q_and_v(card: str, expected: int) -> None:
+    with torch.device("meta"):
+        big = GPT2LMModel(GPT2Config(**MODEL_CARDS[card], lora_attn_dim=4))
+    lora.mark_only_lora_as_trainable(big)
+    assert sum(p.numel() for p in big.parameters() if p.requires_grad) == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    smoothing=st.sampled_from([0.0, 0.1, 0.5]),
+    rows=st.integers(1, 4),
+    tokens=st.integers(1, 8),
+    extra=st.integers(0, 5),
+)
+def test_loss_is_smoothed_cross_entropy_of_counted_tokens_whatever_is_masked_or_padded(
+    seed: int, smoothing: float, rows: int, tokens: int, extra: int
+) -> None:
+    torch.manual_seed(seed)
+    gpt = tiny_model()
+    ids, labels = torch.randint(64, (2, rows, tokens)).unbind()
+    mask = (torch.rand(rows, tokens) < 0.6).float()
+    mask[0, 0] = 1
+    logits, _ = gpt(ids)
+    expected = F.cross_entropy(logits[mask > 0], labels[mask > 0], label_smoothing=smoothing)
+    none, loss = gpt(ids, labels, mask, smoothing)
+    assert none is None
+    assert torch.isclose(loss, expected, rtol=1e-5, atol=1e-6)
+
+    junk = torch.randint(64, (2, rows, extra))
+    padded_mask = torch.cat((mask, torch.zeros(rows, extra)), dim=1)
+    _, padded = gpt(
+        torch.cat((ids, junk[0]), 1), torch.cat((labels, junk[1]), 1), padded_mask, smoothing
+    )
+    assert torch.isclose(padded, loss, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_without_mask_counts_every_token_and_without_counted_tokens_is_zero() -> None:
+    torch.manual_seed(0)
+    gpt = tiny_model()
+    ids, labels = torch.randint(64, (2, 3, 6)).unbind()
+    expected = F.cross_entropy(gpt(ids)[0].flatten(0, 1), labels.flatten())
+    assert torch.isclose(gpt(ids, labels)[1], expected)
+    loss = gpt(ids, labels, torch.zeros(3, 6))[1]
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in gpt.parameters())
+
+
+def test_every_layer_has_its_own_random_start_and_the_seed_decides_it() -> None:
+    def build(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        shape = TINY_CARD | {"n_layer": 4}
+        return GPT2LMModel(GPT2Config(64, 32, **shape, lora_attn_dim=2)).state_dict()
+
+    first, again, other = build(1), build(1), build(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for kind in ("attn.c_attn.lora_A", "attn.c_attn.weight", "mlp.c_fc.weight"):
+        starts = [first[f"transformer.h.{layer}.{kind}"] for layer in range(4)]
+        assert not any(torch.equal(starts[0], start) for start in starts[1:])
+        assert not torch.equal(starts[0], other[f"transformer.h.0.{kind}"])
+
+
+def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LayerNorm as .g/.b and the linear maps as .w/.b, as the first GPT-2 conversions had them."""
+    renamed = {}
+    for name, tensor in state.items():
+        head, _, suffix = name.rpartition(".")
+        short = {"weight": "g" if ".ln_" in f".{head}" else "w", "bias": "b"}.get(suffix, suffix)
+        keeps = head.endswith(("wte", "wpe")) or suffix.startswith("lora_")
+        renamed[name if keeps else f"{head}.{short}"] = tensor
+    return renamed
+
+
+LAYOUTS = {
+    "own": lambda s: s,
+    "hf": lambda s: {k.removeprefix("transformer."): t for k, t in s.items()},
+    "ddp": lambda s: {f"module.{k}": t for k, t in s.items()},
+    "compiled": lambda s: {f"_orig_mod.{k}": t for k, t in s.items()},
+    "ddp of compiled": lambda s: {f"module._orig_mod.{k}": t for k, t in s.items()},
+    "compiled ddp": lambda s: {f"_orig_mod.module.{k}": t for k, t in s.items()},
+    "original": lambda s: {"model_state_dict": {f"module.{k}": t for k, t in s.items()}},
+    "old suffixes": old_names,
+    "masks": lambda s: s | {
+        f"transformer.h.{i}.attn.{n}": torch.ones(1) for i in (0, 1) for n in ("bias", "masked_bias")
+    },
+    "tied head": lambda s: s | {"lm_head.weight": s["transformer.wte.weight"].clone()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_every_known_layout_loads_to_the_same_weights(layout: str, rank: int) -> None:
+    torch.manual_seed(5)
+    source = tiny_model(lora_attn_dim=rank)
+    for tensor in source.state_dict().values():
+        tensor.normal_()
+    given_state = LAYOUTS[layout](source.state_dict())
+    names_before = list(given_state)
+    target = tiny_model(lora_attn_dim=rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.load_weight(given_state)
+    assert list(given_state) == names_before
+    own = source.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in target.state_dict().items())
+
+
+def test_a_base_without_adapter_loads_and_leaves_the_adapters_start() -> None:
+    target = tiny_model(lora_attn_dim=2)
+    start = target.state_dict()["transformer.h.1.attn.c_attn.lora_A"].clone()
+    target.load_weight(random_base(TINY_CARD))
+    assert torch.equal(target.state_dict()["transformer.h.1.attn.c_attn.lora_A"], start)
+
+
+LN = "transformer.ln_f.weight"
+WRONG_STATES = {
+    "untied head": (lambda s: s | {"lm_head.weight": s["transformer.wte.weight"] + 1}, "lm_head"),
+    "unknown": (lambda s: s | {"foo": torch.zeros(1)}, "foo"),
+    "missing": (lambda s: {k: t for k, t in s.items() if k != LN}, LN),
+    "useless": (lambda s: {"foo": torch.zeros(1)}, "foo"),
+    "empty": (lambda s: {}, "missing"),
+    "shape": (lambda s: s | {LN: torch.zeros(3)}, rf"{LN} has shape \[3\]"),
+    "integers": (lambda s: s | {LN: torch.ones(16, dtype=torch.int64)}, f"{LN}.*int64"),
+    "twice": (lambda s: s | {"ln_f.weight": torch.zeros(16)}, "twice"),
+    "another rank": (
+        lambda s: s | {"transformer.h.0.attn.c_attn.lora_A": torch.zeros(8, 16)},
+        "lora_A|missing",
+    ),
+    "half an adapter": (
+        lambda s: s | {"transformer.h.0.attn.c_attn.lora_A": torch.zeros(4, 16)},
+        "missing.*lora_",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_a_state_that_does_not_fit_is_refused_by_name_and_loads_nothing(wrong: str) -> None:
+    spoil, message = WRONG_STATES[wrong]
+    target = tiny_model(lora_attn_dim=2)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    state = spoil(random_base(TINY_CARD))
+    names = list(state)
+    with pytest.raises(InputError, match=message):
+        target.load_weight(state)
+    assert list(state) == names
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+
+
+def test_width_that_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="15.*2"):
+        GPT2Config(n_embd=15, n_head=2)
+
+
+def test_smoothed_loss_of_uniform_logits_is_log_v() -> None:
+    gpt = tiny_model()
+    with torch.no_grad():
+        gpt.transformer.wte.weight.zero_()
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        loss = float(gpt(ids, ids, None, 0.3)[1])
+    assert math.isclose(loss, math.log(64), rel_tol=1e-6)
+
+
+def test_canonical_name_leaves_canonical_names_alone() -> None:
+    for name in tiny_model(lora_attn_dim=2).state_dict():
+        assert model.canonical_name(name) == name

@@ -154,12 +154,26 @@ def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
     metadata, tensors = _read_safetensors(path)
     try:
         header = json.loads(metadata["adapter"])
-        version = header["format"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise InputError(f"--adapter {path} has no adapter header; was it made here?") from error
+    _check_header(header, path)
+    return header, tensors
+
+
+HEADER_TYPES = {"format": int, "model_card": str, "r": int, "alpha": int | float, "base": dict}
+
+
+def _check_header(header: object, path: Path) -> None:
+    fields = header if isinstance(header, dict) else {}
+    wrong = [key for key, kind in HEADER_TYPES.items() if not isinstance(fields.get(key), kind)]
+    wrong += [f"base {key}" for key in ("name", "fingerprint") if key not in fields.get("base", [])]
+    if wrong:
+        raise InputError(
+            f"--adapter {path} has no good {wrong[0]} in its header; was it made here?"
+        )
+    version = fields["format"]
     if version != FORMAT_VERSION:
         raise InputError(f"--adapter {path} has format {version}, this program reads 1")
-    return header, tensors
 
 
 def newest_adapter(work_dir: str | Path) -> Path:

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"
 GPT2_VOCABULARY = 50257
 GPT2_END_IDS = [50256, 628]  # end of text, blank line
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} texts, {rate_noinv_fmt}, {remaining} left"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left"
 
 Context = tuple[int, ...]
 
@@ -100,11 +100,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.model_card = args.model_card or sample["model_card"]
     if not args.data:
         raise InputError("--data is missing; give a JSONL file with a context in each row")
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size {args.batch_size} must be at least 1")
-    if not 1 <= args.num_return_sequences <= args.beam:
+    for name in ("batch_size", "beam", "eval_len", "num_return_sequences"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.num_return_sequences > args.beam:
         raise InputError(
-            f"--num_return_sequences {args.num_return_sequences} must be from 1 to --beam {args.beam}"
+            f"--num_return_sequences {args.num_return_sequences} is more than --beam {args.beam}"
         )
     folder = args.work_dir or ("" if args.output_file else "runs")
     args.output_file = str(Path(folder) / (args.output_file or "predictions.jsonl"))
@@ -209,10 +210,14 @@ def search_contexts(
     mine = [context for i in starts for context in distinct[i : i + args.batch_size]]
     prompts = [torch.tensor(context, device=args.device) for context in mine]
     hide = args.rank > 0 or not sys.stderr.isatty()
-    with tqdm(total=len(mine), unit="", bar_format=BAR, disable=hide) as bar, gpu.autocast(args):
-        found = beam_search(
-            model, prompts, settings, args.batch_size, args.num_return_sequences, bar.update
-        )
+    bar = tqdm(total=len(mine), unit=" texts", bar_format=BAR, disable=hide)
+    with bar, gpu.autocast(args):
+        try:
+            found = beam_search(
+                model, prompts, settings, args.batch_size, args.num_return_sequences, bar.update
+            )
+        except ValueError as error:
+            raise InputError(f"--init_checkpoint or --adapter: {error}") from error
     parts = gpu.distributed_gather(args, dict(zip(mine, found, strict=True)))
     return {context: hypotheses for part in parts for context, hypotheses in part.items()}
 

@@ -15,18 +15,19 @@ import math
 import os
 import signal
 import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gpu
 from data_utils import FT_Dataset
-from errors import InputError
+from errors import InputError, Parser
 from errors import run as run_program
 from model import MODEL_CARDS
 from optimizer import add_optimizer_params
-from run_log import RunLog, choose_work_dir, lock, release
+from run_log import RunLog, choose_work_dir, lock
 from run_setup import DEFAULT_EPOCHS, prepare
 from run_state import Run, find_state, save, write_adapter
 
@@ -52,7 +53,7 @@ class DroppedFlag(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, with the E2E recipe as defaults."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [flags]; --help lists them",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_card", default="gpt2.md", help=f"{', '.join(MODEL_CARDS)} (default: %(default)s)")
     add("--init_checkpoint", help="base weights: file or folder; none for random ones")
     add("--lora_dim", type=int, default=4, help="rank r; 0 trains all weights (default: 4)")
-    add("--lora_alpha", type=float, default=32, help="scaling is alpha / r (default: 32)")
+    add("--lora_alpha", type=float, default=32.0, help="scaling is alpha / r (default: 32)")
     add("--lora_dropout", type=float, default=0.1, help="on the adapter's input (default: 0.1)")
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=int, default=8, help="rows per process and micro-batch")
@@ -118,17 +119,18 @@ def _check_args(args: argparse.Namespace) -> None:
     least = {
         "train_batch_size": 1, "valid_batch_size": 1, "grad_acc": 1, "seq_len": 2, "lora_dim": 0,
         "log_interval": 1, "eval_interval": 1, "save_interval": 1, "max_bad_steps": 1, "clip": 0,
-        "max_step": 1, "max_epoch": 1, "lr": 0, "weight_decay": 0,
+        "max_step": 1, "max_epoch": 1, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)
-        if value is not None and not value >= bound:
-            raise InputError(f"--{name} {value} must be at least {bound}")
+        if value is not None and not bound <= value < 2**63:
+            raise InputError(f"--{name} {value} must be at least {bound} and below 2**63")
     for name in ("lora_dropout", "label_smooth", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be in [0, 1)")
-    if args.lora_dim and not args.lora_alpha > 0:
-        raise InputError(f"--lora_alpha {args.lora_alpha} must be above 0")
+    for name in ("lora_alpha", "lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name} {getattr(args, name)} must be above 0 and finite")
 
 
 def train_validate(run: Run, epoch: int) -> None:
@@ -137,7 +139,7 @@ def train_validate(run: Run, epoch: int) -> None:
     done = run.window - (epoch - 1) * run.sampler.steps_per_epoch
     started, tokens = time.perf_counter(), 0
     for rows in run.sampler.steps(epoch, start=done):
-        if run.step == args.max_step:
+        if run.stopping or run.step == args.max_step:
             break
         loss, counted, norm = optimizer_step(run, rows)
         run.window += 1
@@ -154,15 +156,18 @@ def train_validate(run: Run, epoch: int) -> None:
         if run.step % args.log_interval == 0:
             _log_training(run, epoch, norm, tokens, time.perf_counter() - started)
             started, tokens = time.perf_counter(), 0
+        if run.step == args.max_step or run.window % run.sampler.steps_per_epoch == 0:
+            break
         if run.step % args.eval_interval == 0:
             validate(run, epoch)
         if run.step % args.save_interval == 0:
             save(run)
-        if run.stopping:
-            save(run)
-            raise SystemExit(128 + (run.signal or signal.SIGTERM))
-    validate(run, epoch)
+    # A step is always saved behind its validation, so that no resumed run repeats one.
+    if not run.stopping:
+        validate(run, epoch)
     save(run)
+    if run.stopping:
+        raise SystemExit(128 + (run.signal or signal.SIGTERM))
 
 
 def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float]:
@@ -176,8 +181,9 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
         clipping. Where the norm is not finite nothing was updated.
     """
     args = run.args
-    batches = [run.train.batch(micro) for micro in rows] or [_nothing(run.train)]
-    counts = [float(batch["mask"].sum()) for batch in batches]
+    # The last window of an epoch may have no row for a rank, which then goes through the motions.
+    batches = [run.train.batch(micro) for micro in rows or [[0]]]
+    counts = [float(batch["mask"].sum()) if rows else 0.0 for batch in batches]
     total, signals = gpu.distributed_sum(args, [sum(counts), run.signal])
     run.stopping = signals > 0
     losses = []
@@ -205,12 +211,6 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
     return float(sum(losses)) / max(sum(counts), 1), sum(counts), float(norm)
 
 
-def _nothing(data: FT_Dataset) -> dict[str, Tensor]:
-    """A micro-batch of weight 0, for a rank that the last window of an epoch has no row for."""
-    batch = data.batch([0])
-    return batch | {"mask": torch.zeros_like(batch["mask"])}
-
-
 def _count_bad_step(run: Run) -> None:
     run.bad_steps += 1
     if run.bad_steps >= run.args.max_bad_steps:
@@ -221,9 +221,10 @@ def _count_bad_step(run: Run) -> None:
 
 
 def _last_good(run: Run) -> str:
-    if run.saved_step < 0:
+    saved_step, _ = run.saved
+    if saved_step < 0:
         return "Nothing was saved yet"
-    return f"The last good file is {run.adapter_path(run.saved_step)}"
+    return f"The last good file is {run.adapter_path(saved_step)}"
 
 
 @torch.no_grad()
@@ -311,18 +312,14 @@ def fine_tune(args: argparse.Namespace) -> None:
         )
     args.work_dir = gpu.distributed_gather(args, args.work_dir or choose_work_dir(args.resume))[0]
     state = find_state(args)
-    held = lock(args.work_dir) if args.rank == 0 else None
-    run = prepare(args, state)
-    stop_on_signals(run)
-    run.log = RunLog(args, run.step)
-    try:
-        for epoch in itertools.count(run.epoch):
-            train_validate(run, epoch)
-            if run.step == args.max_step or epoch == args.max_epoch:
-                break
-    finally:
-        run.log.close()
-        release(held)
+    with lock(args.work_dir) if args.rank == 0 else nullcontext():
+        run = prepare(args, state)
+        stop_on_signals(run)
+        with closing(RunLog(args, run.step, run.validated_step)) as run.log:
+            for epoch in itertools.count(run.epoch):
+                train_validate(run, epoch)
+                if run.step == args.max_step or epoch == args.max_epoch:
+                    break
     if args.rank == 0:
         best = f"; best on validation: {run.adapter_path('best')}" if run.valid else ""
         print(f"Done. Last adapter: {run.adapter_path(run.step)}{best}")

@@ -52,6 +52,8 @@ def parse_gpu(args: argparse.Namespace) -> None:
         )
     if args.platform != "local":
         raise InputError(f"--platform {args.platform} is unknown; leave it out, or give local")
+    if not 1 <= args.dist_timeout <= 1e7:
+        raise InputError(f"--dist_timeout {args.dist_timeout} must be between 1 and 1e7 seconds")
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))

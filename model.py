@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import loralib as lora
 from errors import InputError
+from loss import smoothed_cross_entropy
 
 MODEL_CARDS: dict[str, dict[str, int]] = {
     "gpt2.nano": {
@@ -148,15 +150,31 @@ class Attention(nn.Module):
         )
         self.c_proj = lora.Linear(width, width, fan_in_fan_out=True)
 
-    def forward(self, x: Tensor, cache: DecodeCache | None = None) -> Tensor:
-        """(B, T, C) to (B, T, C); a cache, if given, receives the keys and values."""
-        batch, tokens, width = x.shape
-        heads = self.c_attn(x).view(batch, tokens, 3, self.n_head, -1)
+    def forward(self, x: Tensor, lengths: list[int], cache: DecodeCache | None = None) -> Tensor:
+        """(N, C) to (N, C), N = Σ lengths: the sequences of a batch, one behind the other.
+
+        A cache, if given, receives keys and values; the lengths must then be equal.
+        """
+        fused = self.c_attn(x)
+        if len(set(lengths)) == 1:
+            mixed = self.attend(fused.view(len(lengths), -1, fused.size(-1)), cache).flatten(0, 1)
+        elif fused.is_cuda:  # one large kernel, though a part of it is padding
+            padded = self.attend(pad_sequence(fused.split(lengths), batch_first=True))
+            mixed = torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])
+        else:
+            parts = [self.attend(part[None]) for part in fused.split(lengths)]
+            mixed = torch.cat(parts, dim=1)[0]
+        return self.c_proj(mixed)
+
+    def attend(self, fused: Tensor, cache: DecodeCache | None = None) -> Tensor:
+        """Causal attention of each sequence to itself, (B, T, 3C) to (B, T, C)."""
+        batch, tokens, _ = fused.shape
+        heads = fused.view(batch, tokens, 3, self.n_head, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
             cache.layers.append((key.transpose(1, 2), value.transpose(1, 2)))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.c_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
     def step(self, x: Tensor, cache: DecodeCache, layer: int, visible: Tensor) -> Tensor:
         """One new token per beam, (B, K, C) to (B, K, C); `visible` as `cache.add_slots` gives."""
@@ -187,8 +205,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: DecodeCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, lengths: list[int], cache: DecodeCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), lengths, cache)
         return x + self.mlp(self.ln_2(x))
 
     def step(self, x: Tensor, cache: DecodeCache, layer: int, visible: Tensor) -> Tensor:
@@ -206,11 +224,25 @@ class GPT2Model(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: DecodeCache | None = None) -> Tensor:
         """Hidden states (B, T, C) of right-padded `input_ids` (B, T), positions from 0."""
-        positions = torch.arange(input_ids.size(1), device=input_ids.device)
-        x = self.wte(input_ids) + self.wpe(positions)
+        batch, tokens = input_ids.shape
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        x = self.packed(input_ids, real, [tokens] * batch, cache)
+        return self.ln_f(x).view(batch, tokens, -1)
+
+    def packed(
+        self,
+        input_ids: Tensor,
+        real: Tensor,
+        lengths: list[int],
+        cache: DecodeCache | None = None,
+    ) -> Tensor:
+        """Output of the last block, (N, C), for the positions that `real` (B, T) marks, row by row:
+        the first `lengths[b]` of row b. Nothing is computed for the others."""
+        positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+        x = self.wte(input_ids[real]) + self.wpe(positions[real])
         for block in self.h:
-            x = block(x, cache)
-        return self.ln_f(x)
+            x = block(x, lengths, cache)
+        return x
 
     def step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
         """Hidden states (B, K, C) of one new token per beam, `input_ids` (B, K)."""
@@ -255,22 +287,27 @@ class GPT2LMModel(nn.Module):
         `input_ids`, `lm_labels` are (B, T) int64, right-padded; the label of a position is the
         token that follows it. `lm_mask` (B, T) weighs each position, everything counts without it.
         loss = Σ mask · ((1 - e) · nll + e · mean over V of -log p) / Σ mask, e = `label_smooth`,
-        and 0 where nothing counts. Only counted positions pass through the head, which is most of
-        the work on short completions: that is why no logits come back.
+        and 0 where nothing counts. Padding is left out of all layers, and only counted positions
+        pass the head, which is why no logits come back.
         """
-        hidden = self.transformer(input_ids)
         if lm_labels is None:
-            return self.head(hidden), None
-        mask = torch.ones_like(lm_labels, dtype=hidden.dtype) if lm_mask is None else lm_mask
+            return self.head(self.transformer(input_ids)), None
+        mask = torch.ones(lm_labels.shape, device=lm_labels.device) if lm_mask is None else lm_mask
         counted = mask > 0
-        losses = F.cross_entropy(
-            self.head(hidden[counted]).float(),
+        # What stands behind the last counted position of a row has no part in the loss. A first
+        # position is kept always: a rank without rows must still have gradients, of zero.
+        places = torch.arange(1, mask.size(1) + 1, device=mask.device)
+        ends = (counted * places).amax(dim=1).clamp(min=1)
+        real = places <= ends[:, None]
+        hidden = self.transformer.packed(input_ids, real, ends.tolist())[counted[real]]
+        loss = smoothed_cross_entropy(
+            self.transformer.ln_f(hidden),
+            self.transformer.wte.weight,
             lm_labels[counted],
-            label_smoothing=label_smooth,
-            reduction="none",
+            mask[counted],
+            label_smooth,
         )
-        weights = mask[counted].float()
-        return None, (losses * weights).sum() / weights.sum().clamp(min=torch.finfo().tiny)
+        return None, loss
 
     def prefill(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, DecodeCache]:
         """Read right-padded prompts (B, P) of true `lengths` (B,): the logits (B, V) behind each

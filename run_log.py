@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,8 +30,9 @@ def choose_work_dir(resume: str | None) -> str:
     return str(Path("runs") / f"{max(taken, default=0) + 1:03}")
 
 
-def lock(work_dir: str) -> int:
-    """Keep other runs out of `work_dir` until this process ends, however it ends.
+@contextmanager
+def lock(work_dir: str) -> Iterator[None]:
+    """Keep other runs out of `work_dir` until the block or this process ends, however it ends.
 
     Raises:
         InputError: another run is in there, or the folder cannot be made.
@@ -43,13 +46,11 @@ def lock(work_dir: str) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        os.close(handle)
         raise InputError(f"--work_dir {work_dir} is in use by another run; give another") from error
-    return handle
-
-
-def release(handle: int | None) -> None:
-    """Let other runs in again."""
-    if handle is not None:
+    try:
+        yield
+    finally:
         os.close(handle)
 
 
@@ -69,10 +70,13 @@ def describe_run(args: argparse.Namespace) -> dict:
 
 
 class RunLog:
-    """Shows the course of a run and keeps it in log.jsonl and TensorBoard, on rank 0 only."""
+    """Shows and keeps the course of a run, on rank 0 only: every record goes to log.jsonl and its
+    numbers to TensorBoard."""
 
-    def __init__(self, args: argparse.Namespace, step: int) -> None:
-        """Open the logs of a run that goes on behind `step`; records past it are dropped."""
+    def __init__(self, args: argparse.Namespace, step: int, validated_step: int) -> None:
+        """Open the logs of a run that goes on behind `step`; records of what it will do again are
+        dropped: training past `step`, validation past `validated_step`."""
+        self.work_dir = Path(args.work_dir)
         self.file = self.writer = None
         self.bar = tqdm(
             total=args.max_step, initial=step, unit="step", disable=True if args.rank else None
@@ -81,15 +85,15 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        work_dir = Path(args.work_dir)
-        write_json(work_dir / "run.json", describe_run(args))
-        path = work_dir / "log.jsonl"
-        old = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
-        kept = [line for line in old if _step_of(line) <= step]
-        with replacing(path) as file:
-            file.writelines(line + "\n" for line in kept)
-        self.file = path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(work_dir / "tensorboard", purge_step=step + 1)
+        write_json(self.work_dir / "run.json", describe_run(args))
+        path = self.work_dir / "log.jsonl"
+        old = path.read_bytes().splitlines(keepends=True) if path.exists() and step else []
+        last = {"train": step, "valid": validated_step}
+        with replacing(path, "wb") as file:
+            file.writelines(line for line in old if _is_done(line, last))
+        with self._reporting():
+            self.file = path.open("a", encoding="utf-8")
+            self.writer = SummaryWriter(self.work_dir / "tensorboard", purge_step=step + 1)
 
     def advance(self, loss: float) -> None:
         """Move the progress bar one step on; it is drawn on a terminal only."""
@@ -102,21 +106,34 @@ class RunLog:
             return
         tqdm.write(text)
         sys.stdout.flush()
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, step)
+        with self._reporting():
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
-            self.writer.close()
+        with self._reporting():
+            if self.file is not None:
+                self.file.close()
+            if self.writer is not None:
+                self.writer.close()
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"the logs in {self.work_dir} cannot be written: {error.strerror or error}"
+            ) from error
 
 
-def _step_of(line: str) -> float:
-    """The step of a log line; a line that a kill cut short sorts behind every step."""
+def _is_done(line: bytes, last: dict[str, int]) -> bool:
+    """Whether a log line is of a step that will not come again, and whole: a kill may cut one."""
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return line.endswith(b"\n") and record["step"] <= last[record["kind"]]
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False

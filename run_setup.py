@@ -4,13 +4,13 @@ import argparse
 import hashlib
 from pathlib import Path
 
-import loralib as lora
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.amp import GradScaler
 
 import checkpoint
 import gpu
+import loralib as lora
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer, vocabulary_fingerprint
 from errors import InputError
 from model import GPT2Config, GPT2LMModel
@@ -96,6 +96,8 @@ def build_model(
         )
     if args.seq_len > config.n_positions:
         raise InputError(f"--seq_len {args.seq_len} is above the model's {config.n_positions}")
+    if args.lora_dim > config.n_embd:
+        raise InputError(f"--lora_dim {args.lora_dim} is above the model's width {config.n_embd}")
     model = GPT2LMModel(config)
     if base is not None:
         checkpoint.load_base(model, base, args.init_checkpoint)

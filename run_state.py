@@ -40,7 +40,8 @@ class Run:
     """All that a training run consists of.
 
     `step` counts updates, `window` the global batches taken from the data: more, where a step had
-    to be skipped. `signal` is what this process was sent, `stopping` what all ranks agreed on.
+    to be skipped. `saved` holds `step` and `validated_step` of the last save, `signal` what this
+    process was sent, `stopping` what all ranks agreed on.
     """
 
     args: argparse.Namespace
@@ -58,7 +59,7 @@ class Run:
     best_loss: float = math.inf
     best_step: int = 0
     validated_step: int = -1
-    saved_step: int = -1
+    saved: tuple[int, int] = (-1, -1)
     bad_steps: int = 0
     signal: int = 0
     stopping: bool = False
@@ -89,9 +90,9 @@ def write_adapter(run: Run, name: int | str) -> None:
 
 def save(run: Run) -> None:
     """Write the adapter of this step, then the state from which the run can go on."""
-    if run.saved_step == run.step:
+    if run.saved == (run.step, run.validated_step):
         return
-    run.saved_step = run.step
+    run.saved = run.step, run.validated_step
     mine = {"generators": gpu.generator_states(), "meter": vars(run.average)}
     ranks = gpu.distributed_gather(run.args, mine)
     write_adapter(run, run.step)
@@ -119,19 +120,17 @@ def find_state(args: argparse.Namespace) -> dict | None:
     Raises:
         InputError: there is a run and no `--resume`, or `--resume` and no run.
     """
-    if args.resume not in (None, "auto"):
-        if not state_path(args.resume).is_file():
-            raise InputError(f"--resume {args.resume} holds no state.pt; is it a run's work_dir?")
-        return checkpoint.read_training_state(state_path(args.resume))
-    path = state_path(args.work_dir)
-    if args.resume == "auto":
-        return checkpoint.read_training_state(path) if path.is_file() else None
-    if path.is_file() or path.with_name("run.json").is_file():
+    own = state_path(args.work_dir)
+    path = own if args.resume in (None, "auto") else state_path(args.resume)
+    if args.resume not in (None, "auto") and not path.is_file():
+        raise InputError(f"--resume {args.resume} holds no state.pt; is it a run's work_dir?")
+    goes_on_here = args.resume and path.resolve() == own.resolve()
+    if not goes_on_here and (own.is_file() or own.with_name("run.json").is_file()):
         raise InputError(
             f"--work_dir {args.work_dir} holds a run already; give --resume auto to go on with it, "
             "or another --work_dir to start anew"
         )
-    return None
+    return checkpoint.read_training_state(path) if args.resume and path.is_file() else None
 
 
 def check_settings(state: dict, header: dict) -> None:
@@ -156,15 +155,40 @@ def _flat(header: dict) -> dict:
 
 
 def restore(run: Run, state: dict) -> None:
-    """Put a run back to where `save` left it."""
+    """Put a run back to where `save` left it, under the settings of its own arguments."""
+    _check_form(state, run.args)
     for name, value in state["progress"].items():
         setattr(run, name, value)
-    run.saved_step = run.step
+    run.saved = run.step, run.validated_step
     checkpoint.apply_trained(gpu.unwrap(run.model), state["trained"], "state.pt")
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    run.scaler.load_state_dict(state["scaler"])
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+    _restore_schedule(run, state["scheduler"])
+    if state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
     if len(state["ranks"]) == run.args.world_size:
         mine = state["ranks"][run.args.rank]
         gpu.set_generator_states(mine["generators"])
         vars(run.average).update(mine["meter"])
+
+
+def _check_form(state: dict, args: argparse.Namespace) -> None:
+    """Refuse what even `--resume_anyway` cannot do: the saved tensors are laid out for these."""
+    then = state["header"]["settings"]
+    for name in ("optimizer", "lora_dim", "no_decay_bias"):
+        if then[name] != getattr(args, name):
+            raise InputError(
+                f"--resume: --{name} was {then[name]} and is {getattr(args, name)}, which the "
+                "saved state does not fit; put it back, or start anew in another --work_dir"
+            )
+
+
+def _restore_schedule(run: Run, saved: dict) -> None:
+    """Put the schedule where it was, at the rate that the settings of this run give there."""
+    scheduler = run.scheduler
+    factors = [factor(run.step) for factor in scheduler.lr_lambdas]
+    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    now = {"base_lrs": scheduler.base_lrs, "_last_lr": rates}
+    scheduler.load_state_dict(saved | now)
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

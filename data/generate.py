@@ -9,7 +9,7 @@ rows, one for each reference, and stands in one file only. The same seed gives t
 import argparse
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -87,10 +87,9 @@ def references(domain: Domain, values: dict[str, str], most: int, rng: Random) -
 
 
 def rows(
-    domains: Collection[Domain], contexts: int, most: int, taken: set[str], rng: Random
+    domains: Sequence[Domain], contexts: int, most: int, taken: set[str], rng: Random
 ) -> Iterator[Row]:
     """Rows for `contexts` new contexts, the domains in turn; `taken` grows by these contexts."""
-    domains = list(domains)
     for number in range(contexts):
         domain = domains[number % len(domains)]
         while True:

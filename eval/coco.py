@@ -60,7 +60,9 @@ def ptb_tokenize(texts: list[str]) -> list[str]:
     if run.returncode or len(lines) != len(texts):
         message = run.stderr.strip() or f"{len(lines)} lines for {len(texts)} texts"
         raise JavaError(f"the PTB tokenizer failed (exit code {run.returncode}): {message}")
-    return [" ".join(w for w in line.split() if w not in PUNCTUATIONS) for line in lines]
+    # Only a space ends a token: "1 1/2" and telephone numbers keep a no-break space within.
+    tokens = [line.rstrip().split(" ") for line in lines]
+    return [" ".join(token for token in line if token not in PUNCTUATIONS) for line in tokens]
 
 
 def ptb_tokenize_groups(groups: list[list[str]]) -> list[list[str]]:
@@ -115,8 +117,11 @@ class Meteor:
         return lines
 
     def _failure(self) -> JavaError:
-        self._process.kill()
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip() or "it said nothing"
         return JavaError(f"METEOR's jar stopped (exit code {code}): {said}")

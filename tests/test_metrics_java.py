@@ -86,6 +86,11 @@ def test_ptb_tokens_stay_with_their_texts():
     assert coco.ptb_tokenize_groups(groups) == [["one", "two"], [], ["three"]]
 
 
+def test_a_fraction_stays_one_ptb_token():
+    (words,) = coco.ptb_tokenize(["it is 1 1/2 miles"])
+    assert words.split(" ") == ["it", "is", "1\u00a01/2", "miles"]
+
+
 def test_java_reads_utf8_whatever_the_locale(monkeypatch, meteor):
     monkeypatch.setenv("LC_ALL", "C")
     assert coco.ptb_tokenize(["Caf\u00e9"]) == ["caf\u00e9"]

@@ -101,6 +101,43 @@ def test_loss_is_smoothed_cross_entropy_of_counted_tokens_whatever_is_masked_or_
     assert torch.isclose(padded, loss, rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    smoothing=st.sampled_from([0.0, 0.1, 0.7]),
+    rows=st.integers(1, 4),
+    tokens=st.integers(1, 8),
+    density=st.sampled_from([0.2, 0.6, 1.0]),
+    weighted=st.booleans(),
+)
+def test_gradients_are_autograds_of_the_smoothed_cross_entropy(
+    seed: int, smoothing: float, rows: int, tokens: int, density: float, weighted: bool
+) -> None:
+    torch.manual_seed(seed)
+    gpt = tiny_model(lora_attn_dim=2).double()
+    for parameter in gpt.parameters():
+        parameter.requires_grad = True
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids, labels = torch.randint(64, (2, rows, tokens)).unbind()
+    mask = (torch.rand(rows, tokens) < density).double()
+    mask[-1, 0] = 1
+    if weighted:
+        mask *= torch.rand(rows, tokens).double() + 0.5
+    losses = F.cross_entropy(
+        gpt(ids)[0].flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none"
+    )
+    expected = (losses * mask.flatten()).sum() / mask.sum()
+    gpt.zero_grad()
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in gpt.named_parameters()}
+    gpt.zero_grad()
+    _, loss = gpt(ids, labels, mask, smoothing)
+    (3 * loss).backward()
+    assert torch.isclose(loss.double(), expected, rtol=1e-5)
+    for name, parameter in gpt.named_parameters():
+        assert torch.allclose(parameter.grad, 3 * gradients[name], rtol=1e-4, atol=1e-5), name
+
+
 def test_loss_without_mask_counts_every_token_and_without_counted_tokens_is_zero() -> None:
     torch.manual_seed(0)
     gpt = tiny_model()
@@ -110,7 +147,7 @@ def test_loss_without_mask_counts_every_token_and_without_counted_tokens_is_zero
     loss = gpt(ids, labels, torch.zeros(3, 6))[1]
     loss.backward()
     assert loss == 0
-    assert all(p.grad is None or not p.grad.any() for p in gpt.parameters())
+    assert not any(parameter.grad.any() for parameter in gpt.parameters())
 
 
 def test_every_layer_has_its_own_random_start_and_the_seed_decides_it() -> None:
@@ -147,9 +184,8 @@ LAYOUTS = {
     "compiled ddp": lambda s: {f"_orig_mod.module.{k}": t for k, t in s.items()},
     "original": lambda s: {"model_state_dict": {f"module.{k}": t for k, t in s.items()}},
     "old suffixes": old_names,
-    "masks": lambda s: s | {
-        f"transformer.h.{i}.attn.{n}": torch.ones(1) for i in (0, 1) for n in ("bias", "masked_bias")
-    },
+    "masks": lambda s: s | {f"transformer.h.{i}.attn.bias": torch.ones(1) for i in (0, 1)},
+    "more masks": lambda s: s | {f"h.{i}.attn.masked_bias": torch.ones(1) for i in (0, 1)},
     "tied head": lambda s: s | {"lm_head.weight": s["transformer.wte.weight"].clone()},
 }  # fmt: skip
 

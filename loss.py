@@ -1,0 +1,59 @@
+"""The label-smoothed language-model loss, with its gradient made on the way."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+class SmoothedCrossEntropy(torch.autograd.Function):
+    """Σᵢ wᵢ · ((1 - e) · nllᵢ + e · mean over V of -log pᵢ) of logits hidden · headᵀ.
+
+    With p the softmax and y the label, the gradient by the logits is w · (p - (1 - e) · 1_y - e/V)
+    (Szegedy et al. 2016, section 7). It is written over the logits in the forward pass, so that one
+    tensor of N × V numbers is all that is ever held; autograd would hold four.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, e: float
+    ) -> Tensor:
+        """`hidden` (N, C), `head` (V, C), `labels` (N,) int64, `weights` (N,): a scalar in fp32."""
+        logits = F.linear(hidden, head).float()
+        rows = torch.arange(len(labels), device=labels.device)
+        own, mean = logits[rows, labels], logits.mean(dim=1)
+        top = logits.amax(dim=1, keepdim=True)
+        total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+        losses = (total.log() + top).squeeze(1) - (1 - e) * own - e * mean
+
+        gradient = logits.mul_(weights[:, None] / total)
+        if e:
+            gradient.sub_(weights[:, None] * (e / head.size(0)))
+        gradient[rows, labels] -= (1 - e) * weights
+        gradient = gradient.to(hidden.dtype)
+        by_hidden = gradient @ head if ctx.needs_input_grad[0] else None
+        by_head = gradient.T @ hidden if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(by_hidden, by_head)
+        return (losses * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        by_hidden, by_head = (g if g is None else scale * g for g in ctx.saved_tensors)
+        return by_hidden, by_head, None, None, None
+
+
+def smoothed_cross_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, label_smooth: float
+) -> Tensor:
+    """Weighted mean of the label-smoothed loss, 0 where nothing has weight; a scalar in fp32.
+
+    Args:
+        hidden: (N, C) of the counted positions.
+        head: (V, C), the tied embedding.
+        labels: (N,) int64.
+        weights: (N,), above 0.
+    """
+    weights = weights.float()
+    total = SmoothedCrossEntropy.apply(hidden, head, labels, weights, label_smooth)
+    return total / weights.sum().clamp(min=torch.finfo().tiny)

@@ -1,0 +1,481 @@
+"""The search against the original's outputs, transformers, brute force and a plain loop."""
+
+import json
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from beam_search import Hypothesis, SearchSettings, ban_repeated_ngrams, beam_search
+from model import GPT2Config, GPT2LMModel
+
+PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
+
+
+@dataclass
+class StateCache:
+    """One number per beam that stands for all it has read, so a wrong reordering shows."""
+
+    states: Tensor
+    step: int = 0
+
+    def reorder(self, parents: Tensor) -> None:
+        self.states = self.states.expand(-1, parents.size(1)).gather(1, parents)
+
+    def keep(self, contexts: Tensor) -> None:
+        self.states = self.states[contexts]
+
+
+@dataclass
+class TableModel:
+    """Logits from a random table (steps, states, V); the state is a function of the whole text."""
+
+    table: Tensor
+    steps: int = field(default=0, init=False)
+
+    def next(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return (states * 31 + tokens + 1) % self.table.size(1)
+
+    def prefill(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, StateCache]:
+        states = [self.read(row[:n]) for row, n in zip(input_ids, lengths, strict=True)]
+        cache = StateCache(torch.tensor(states)[:, None])
+        return self.table[0, cache.states[:, 0]].clone(), cache
+
+    def read(self, prompt: Tensor) -> int:
+        state = torch.tensor(0)
+        for token in prompt:
+            state = self.next(state, token)
+        return int(state)
+
+    def step(self, input_ids: Tensor, cache: StateCache) -> Tensor:
+        self.steps += 1
+        cache.step += 1
+        cache.states = self.next(cache.states, input_ids)
+        return self.table[cache.step, cache.states].clone()
+
+    def logits(self, prompt: Tensor, tokens: list[int]) -> Tensor:
+        """Logits (V,) behind a prompt and what was generated."""
+        state = self.read(torch.cat((prompt, torch.tensor(tokens, dtype=torch.int64))))
+        return self.table[len(tokens), state].clone()
+
+
+def table_model(seed: int, vocabulary: int, steps: int) -> TableModel:
+    generator = torch.Generator().manual_seed(seed)
+    return TableModel(2 * torch.randn(steps, 23, vocabulary, generator=generator))
+
+
+def constant_model(*logits: float, steps: int = 64) -> TableModel:
+    return TableModel(torch.tensor(logits).expand(steps, 23, -1))
+
+
+def log_probs(model: TableModel, prompt: Tensor, tokens: list[int], s: SearchSettings) -> Tensor:
+    """The rules of the original, token by token: (V,), all -inf where all is banned."""
+    logits = model.logits(prompt, tokens)
+    if s.repetition_penalty != 1:
+        for token in set(tokens):
+            penalty = s.repetition_penalty
+            logits[token] = logits[token] * (penalty if logits[token] < 0 else 1 / penalty)
+    if len(tokens) < s.min_length:
+        for token in s.end_ids:
+            logits[token] = -math.inf
+    n = s.no_repeat_ngram_size
+    ngrams = {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)} if n else set()
+    for token in range(len(logits)):
+        if n and len(tokens) >= n and (*tokens[len(tokens) - n + 1 :], token) in ngrams:
+            logits[token] = -math.inf
+    return logits if logits.max() == -math.inf else logits.log_softmax(0)
+
+
+def score(total: Tensor, tokens: list[int], s: SearchSettings) -> float:
+    return float(total / max(len(tokens), 1) ** s.length_penalty)
+
+
+def enumerate_all(model: TableModel, prompt: Tensor, s: SearchSettings) -> list[Hypothesis]:
+    """Every text there is, best first."""
+    found, open_texts = [], [([], torch.tensor(0.0))]
+    while open_texts:
+        tokens, total = open_texts.pop()
+        ended = bool(tokens) and tokens[-1] in s.end_ids
+        following = log_probs(model, prompt, tokens, s) if len(tokens) < s.eval_len else None
+        if ended or following is None or following.max() == -math.inf:
+            found.append(Hypothesis(tokens, score(total, tokens, s), ended))
+        else:
+            open_texts += [
+                ([*tokens, token], total + value)
+                for token, value in enumerate(following)
+                if value > -math.inf
+            ]
+    return sorted(found, key=lambda h: -h.score)
+
+
+def search_by_loops(model: TableModel, prompt: Tensor, s: SearchSettings) -> list[Hypothesis]:
+    """The original's algorithm without batch, tensors or early stop: all it found, best first."""
+    beams, found = [([], torch.tensor(0.0))], []
+    for step in range(s.eval_len):
+        candidates = []
+        for tokens, total in beams:
+            following = log_probs(model, prompt, tokens, s)
+            if following.max() == -math.inf:
+                found.append(Hypothesis(tokens, score(total, tokens, s), False))
+            candidates += [
+                ([*tokens, t], total + p) for t, p in enumerate(following) if p > -math.inf
+            ]
+        candidates.sort(key=lambda c: -c[1])
+        beams = []
+        for tokens, total in candidates[: s.beam]:
+            ended = tokens[-1] in s.end_ids
+            if ended or step == s.eval_len - 1:
+                found.append(Hypothesis(tokens, score(total, tokens, s), ended))
+            else:
+                beams.append((tokens, total))
+    return sorted(found, key=lambda h: -h.score)
+
+
+def assert_same(got: list[Hypothesis], expected: list[Hypothesis]) -> None:
+    assert [(h.tokens, h.finished) for h in got] == [(h.tokens, h.finished) for h in expected]
+    scores = torch.tensor([[a.score, b.score] for a, b in zip(got, expected, strict=True)])
+    assert scores[:, 0].allclose(scores[:, 1], atol=1e-4)
+
+
+@st.composite
+def toy_searches(draw: st.DrawFn, vocabulary: st.SearchStrategy, length: st.SearchStrategy):
+    """A table model, prompts of unequal lengths, and settings over all the rules."""
+    size, steps = draw(vocabulary), draw(length)
+    ends = draw(st.sets(st.integers(0, size - 1), max_size=min(3, size - 1)))
+    chosen = SearchSettings(
+        beam=draw(st.integers(1, 5)),
+        length_penalty=draw(st.sampled_from([0.0, 0.8, 1.0, 2.0, -0.5])),
+        no_repeat_ngram_size=draw(st.integers(0, 3)),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.3, 0.7])),
+        min_length=draw(st.integers(0, steps)),
+        eval_len=steps,
+        end_ids=tuple(sorted(ends)),
+    )
+    token = st.integers(0, size - 1)
+    lists = draw(st.lists(st.lists(token, min_size=1, max_size=4), min_size=1, max_size=4))
+    model = table_model(draw(st.integers(0, 2**20)), size, steps)
+    return model, [torch.tensor(tokens) for tokens in lists], chosen
+
+
+@PROPERTY
+@given(toy_searches(st.integers(2, 4), st.integers(1, 4)))
+def test_a_beam_that_holds_everything_finds_what_enumeration_finds(search) -> None:
+    model, prompts, chosen = search
+    wide = SearchSettings(**vars(chosen) | {"beam": model.table.size(2) ** chosen.eval_len})
+    wanted = min(4, wide.beam)
+    for prompt, got in zip(prompts, beam_search(model, prompts, wide, 3, wanted), strict=True):
+        assert_same(got, enumerate_all(model, prompt, wide)[:wanted])
+
+
+@PROPERTY
+@given(toy_searches(st.integers(2, 9), st.integers(1, 8)), st.integers(1, 5), st.randoms())
+def test_a_narrow_beam_finds_what_a_plain_loop_finds_in_any_batch_and_order(
+    search, batch_size: int, shuffler: random.Random
+) -> None:
+    model, prompts, chosen = search
+    shuffler.shuffle(prompts)
+    wanted = shuffler.randint(1, chosen.beam)
+    for prompt, got in zip(
+        prompts, beam_search(model, prompts, chosen, batch_size, wanted), strict=True
+    ):
+        assert_same(got, search_by_loops(model, prompt, chosen)[:wanted])
+
+
+@PROPERTY
+@given(toy_searches(st.integers(2, 5), st.integers(3, 12)), st.sampled_from(["original", "hf"]))
+def test_no_ngram_occurs_twice_and_nothing_ends_too_soon(search, kind: str) -> None:
+    model, prompts, chosen = search
+    chosen = SearchSettings(**vars(chosen) | {"search": kind})
+    n = chosen.no_repeat_ngram_size
+    for prompt, hypotheses in zip(
+        prompts, beam_search(model, prompts, chosen, 4, chosen.beam), strict=True
+    ):
+        for h in hypotheses:
+            text = h.tokens if kind == "original" else prompt.tolist() + h.tokens
+            ngrams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)] if n else []
+            new = ngrams[max(0, len(ngrams) - len(h.tokens)) :]
+            assert all(ngrams.count(ngram) == 1 for ngram in new)
+            assert h.finished == (bool(h.tokens) and h.tokens[-1] in chosen.end_ids)
+            assert not h.finished or len(h.tokens) > chosen.min_length
+            assert not set(h.tokens[:-1]) & set(chosen.end_ids)
+            assert not math.isnan(h.score)
+
+
+@PROPERTY
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 9), st.integers(0, 4), st.data())
+def test_ngram_bans_are_those_of_a_plain_loop_and_padding_bans_nothing(
+    batch: int, size: int, length: int, padding: int, data: st.DataObject
+) -> None:
+    vocabulary, beams = 3, 2
+    length = max(length, size - padding, 1)
+    row = st.lists(st.integers(0, vocabulary - 1), min_size=length, max_size=length)
+    rows = [data.draw(row) for _ in range(batch * beams)]
+    history = torch.tensor([[-1] * padding + tokens for tokens in rows]).view(batch, beams, -1)
+    scores = torch.zeros(batch, beams, vocabulary)
+    ban_repeated_ngrams(scores, history, size)
+    for tokens, got in zip(rows, scores.view(-1, vocabulary), strict=True):
+        seen = {tuple(tokens[i : i + size]) for i in range(length - size + 1)}
+        suffix = tokens[length - size + 1 :] if size > 1 else []
+        expected = [
+            -math.inf if length >= size - 1 and (*suffix, token) in seen else 0.0
+            for token in range(vocabulary)
+        ]
+        assert got.tolist() == expected
+
+
+def search_one(model: TableModel, wanted: int = 1, **chosen) -> list[Hypothesis]:
+    return beam_search(model, [torch.tensor([0])], SearchSettings(**chosen), 1, wanted)[0]
+
+
+def test_very_unlikely_tokens_keep_their_log_probability() -> None:
+    best, second = search_one(
+        constant_model(0.0, -120.0), 2, beam=2, eval_len=1, end_ids=(1,), no_repeat_ngram_size=0
+    )
+    assert (best.score, second.score) == (0.0, -120.0)
+
+
+def test_a_text_cut_off_at_eval_len_is_flagged_unfinished() -> None:
+    chosen = {"beam": 3, "eval_len": 5, "no_repeat_ngram_size": 0, "length_penalty": 1.0}
+    (cut,) = search_one(constant_model(1.0, 0.0, -9.0), end_ids=(2,), **chosen)
+    assert cut == Hypothesis([0] * 5, cut.score, False)
+    (ended,) = search_one(constant_model(1.0, 0.0, -9.0), end_ids=(0,), **chosen)
+    assert ended.tokens == [0]
+    assert ended.finished
+
+
+@pytest.mark.parametrize("kind", ["original", "hf"])
+def test_a_beam_whose_every_token_is_banned_ends_unfinished(kind: str) -> None:
+    (best,) = search_one(
+        constant_model(1.0, 0.5, 0.0), beam=2, eval_len=10, end_ids=(), no_repeat_ngram_size=1,
+        search=kind,
+    )  # fmt: skip
+    expected = [0, 1, 2] if kind == "original" else [1, 2]  # hf counts the prompt, which is 0
+    assert best.tokens == expected
+    assert not best.finished
+    assert math.isfinite(best.score)
+
+
+def test_where_every_first_token_is_banned_the_text_is_empty() -> None:
+    (best,) = search_one(constant_model(0.0, 1.0), beam=2, min_length=1, end_ids=(0, 1))
+    assert (best.tokens, best.finished) == ([], False)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.8, 2.0, -1.0])
+def test_time_does_not_grow_with_eval_len_once_nothing_can_win(penalty: float) -> None:
+    table = torch.zeros(1000, 23, 4)
+    table[:5, :, 3] = -30  # nothing ends before the fifth token, then everything does
+    table[5:, :, 3] = 30
+    steps = set()
+    for eval_len in (20, 1000):
+        model = TableModel(table)
+        (best,) = search_one(
+            model, beam=3, eval_len=eval_len, end_ids=(3,), length_penalty=penalty,
+            no_repeat_ngram_size=0,
+        )  # fmt: skip
+        assert best.finished
+        steps.add(model.steps)
+    assert len(steps) == 1
+    assert steps.pop() <= 8
+
+
+def test_prompts_that_are_done_leave_the_batch_and_are_reported() -> None:
+    done: list[int] = []
+    model = table_model(1, 6, 30)
+    model.table[:, ::2, 5] += 9  # some prompts lead to an early end, some do not
+    prompts = [torch.tensor([i, i]) for i in range(5)]
+    chosen = SearchSettings(beam=2, eval_len=30, end_ids=(5,))
+    found = beam_search(model, prompts, chosen, 3, on_done=done.append)
+    assert sum(done) == len(found) == 5
+    assert found == [beam_search(model, [prompt], chosen)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"beam": 0}, {"eval_len": 0}, {"no_repeat_ngram_size": -1}, {"min_length": -1},
+        {"repetition_penalty": 0.0}, {"search": "greedy"}, {"length_penalty": math.nan},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SearchSettings(**wrong)
+
+
+def test_more_hypotheses_than_beams_and_nan_logits_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_return_sequences 3"):
+        search_one(constant_model(0.0, 1.0), 3, beam=2, end_ids=(1,))
+    with pytest.raises(ValueError, match="NaN"):
+        search_one(constant_model(math.nan, 1.0), beam=2, end_ids=(1,))
+
+
+# GPT-2 itself: its cache, the original's outputs, and transformers.
+
+
+def small_gpt2(vocabulary: int = 97, seed: int = 0) -> GPT2LMModel:
+    torch.manual_seed(seed)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = GPT2LMModel(GPT2Config(vocab_size=vocabulary, initializer_range=0.3, **shape))
+    return model.eval()
+
+
+def ragged_prompts(count: int, vocabulary: int = 97, seed: int = 0) -> list[Tensor]:
+    draw = random.Random(seed)
+    return [
+        torch.tensor([draw.randrange(3, vocabulary) for _ in range(draw.randint(1, 19))])
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.inference_mode()
+def test_cached_steps_give_the_logits_of_whole_texts_through_reordering_and_leaving(
+    packed: bool,
+) -> None:
+    model, beams, draw = small_gpt2(), 3, torch.Generator().manual_seed(0)
+    prompts = ragged_prompts(4)
+    texts = [[prompt] * beams for prompt in prompts]
+    runner = small_gpt2().pack() if packed else model
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    logits, cache = runner.prefill(padded, torch.tensor([len(p) for p in prompts]))
+    for row, prompt in zip(logits, prompts, strict=True):
+        torch.testing.assert_close(row, model(prompt[None])[0][0, -1], atol=1e-4, rtol=0)
+    parents = torch.zeros(len(prompts), beams, dtype=torch.int64)
+    for step in range(30):  # long enough for unused slots to be dropped several times
+        cache.reorder(parents)
+        tokens = torch.randint(97, parents.shape, generator=draw)
+        texts = [
+            [torch.cat((text[k], token[None])) for k, token in zip(order, row, strict=True)]
+            for text, order, row in zip(texts, parents.tolist(), tokens, strict=True)
+        ]
+        logits = runner.step(tokens, cache)
+        for text, rows in zip(texts, logits, strict=True):
+            whole = model(torch.stack(text))[0][:, -1]
+            torch.testing.assert_close(rows, whole, atol=1e-4, rtol=0)
+        parents = torch.randint(beams, parents.shape, generator=draw)
+        if step in (5, 11):
+            live = torch.tensor([0, 2, 3]) if step == 5 else torch.tensor([1])
+            texts, parents = [texts[i] for i in live], parents[live]
+            cache.keep(live)
+
+
+def test_the_cache_keeps_only_what_some_beam_still_sees() -> None:
+    model, beams = small_gpt2(), 4
+    with torch.inference_mode():
+        _, cache = model.prefill(torch.ones(1, 6, dtype=torch.int64), torch.tensor([6]))
+        cache.reorder(torch.zeros(1, beams, dtype=torch.int64))
+        for _ in range(50):
+            model.step(torch.ones(1, beams, dtype=torch.int64), cache)
+            cache.reorder(torch.zeros(1, beams, dtype=torch.int64))
+    room = cache.STEPS_OF_ROOM * beams
+    assert cache.layers[0][0].size(1) <= 6 + 50 + room
+
+
+@torch.inference_mode()
+def test_a_score_is_the_sum_of_the_texts_log_probabilities() -> None:
+    model, prompts = small_gpt2(), ragged_prompts(4)
+    chosen = SearchSettings(
+        beam=4, eval_len=12, end_ids=(0, 1, 2), length_penalty=0.8, no_repeat_ngram_size=0
+    )
+    for prompt, hypotheses in zip(prompts, beam_search(model, prompts, chosen, 4, 3), strict=True):
+        for h in hypotheses:
+            tokens = torch.tensor(h.tokens)
+            logits = model(torch.cat((prompt, tokens))[None])[0][0, len(prompt) - 1 : -1]
+            steps = logits.log_softmax(-1).gather(1, tokens[:, None])
+            assert h.score == pytest.approx(float(steps.sum()) / len(tokens) ** 0.8, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> tuple[GPT2LMModel, dict[str, dict]]:
+    """The trained model and the decodes of the original code, by name of their settings."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "oracle"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: no outputs of the original to compare with")
+    decodes = json.loads((folder / "decode.json").read_text(encoding="utf-8"))
+    state = load_file(folder / decodes["base"])
+    shape = {name: decodes[name] for name in ("n_layer", "n_embd", "n_head")}
+    positions = state["wpe.weight"].size(0)
+    model = GPT2LMModel(GPT2Config(vocab_size=decodes["vocab"], n_positions=positions, **shape))
+    model.load_weight(state)
+    return model.eval().pack(), {decode["name"]: decode for decode in decodes["sets"]}
+
+
+ORACLE_RUNS = [
+    *((name, 32) for name in ("published", "paper_penalty", "penalty_2", "no_ban")),
+    *((name, 32) for name in ("beam_4", "min_length_20", "short")),
+    *(("short", size) for size in (1, 2, 7)),
+    *(("beam_4", size) for size in (1, 2, 7)),
+]
+
+
+@pytest.mark.parametrize(("name", "batch_size"), ORACLE_RUNS)
+def test_outputs_equal_the_originals_whatever_the_batch_and_the_order(
+    oracle, name: str, batch_size: int
+) -> None:
+    model, sets = oracle
+    given = dict(sets[name]["settings"])
+    chosen = SearchSettings(end_ids=tuple(given.pop("eos_token_id")), **given)
+    rows = list(zip(sets[name]["contexts"], sets[name]["outputs"], strict=True))
+    random.Random(batch_size).shuffle(rows)
+    found = beam_search(model, [torch.tensor(context) for context, _ in rows], chosen, batch_size)
+    for (_, expected), (best, *_) in zip(rows, found, strict=True):
+        assert best.tokens + [0] * (chosen.eval_len - len(best.tokens)) == expected
+        assert best.finished == (best.tokens[-1] in chosen.end_ids)
+
+
+TRANSFORMERS_RUNS = {
+    "penalty 0.8": {"length_penalty": 0.8},
+    "penalty 0, two ends": {"length_penalty": 0.0, "end_ids": (0, 2)},
+    "penalty -1, ten ends, beam 3": {
+        "length_penalty": -1.0, "end_ids": tuple(range(0, 20, 2)), "beam": 3
+    },
+    "no unigram twice": {"no_repeat_ngram_size": 1, "end_ids": (0, 2)},
+    "no bigram twice": {"no_repeat_ngram_size": 2, "end_ids": (0, 2)},
+    "repetition 1.3": {"repetition_penalty": 1.3},
+    "all rules, three best": {
+        "beam": 6, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_length": 5,
+        "end_ids": (0, 2, 4), "num_return_sequences": 3,
+    },
+    "one beam": {"beam": 1, "no_repeat_ngram_size": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_RUNS)
+def test_the_hf_search_gives_what_transformers_generates_for_40_ragged_prompts(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    given = {
+        "beam": 4, "eval_len": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 0,
+        "min_length": 0, "repetition_penalty": 1.0, "end_ids": (0,),
+    } | TRANSFORMERS_RUNS[name]  # fmt: skip
+    wanted = given.pop("num_return_sequences", 1)
+    config = transformers.GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
+        eos_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    model = small_gpt2()
+    model.load_weight(peer.state_dict())
+    prompts = ragged_prompts(40)
+    found = beam_search(model, prompts, SearchSettings(search="hf", **given), 16, wanted)
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        generated = peer.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt)[None], num_beams=given["beam"],
+            do_sample=False, max_new_tokens=given["eval_len"], min_new_tokens=given["min_length"],
+            eos_token_id=list(given["end_ids"]), pad_token_id=96, num_return_sequences=wanted,
+            length_penalty=given["length_penalty"],
+            no_repeat_ngram_size=given["no_repeat_ngram_size"],
+            repetition_penalty=given["repetition_penalty"],
+        )  # fmt: skip
+        for tokens, h in zip(generated[:, len(prompt) :].tolist(), hypotheses, strict=True):
+            length = next(
+                (i + 1 for i, token in enumerate(tokens) if token in given["end_ids"]), len(tokens)
+            )
+            assert h.tokens == tokens[:length]

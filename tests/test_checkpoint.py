@@ -1,0 +1,282 @@
+"""Adapter files, base files and training state: what is written, read and refused."""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from conftest import TINY_CARD, Tiny, random_base
+from torch import Tensor
+
+import checkpoint
+import gpt2_ft
+import loralib as lora
+from errors import InputError
+from model import GPT2Config, GPT2LMModel
+
+PAIR = "transformer.h.0.attn.c_attn.lora_A"
+
+
+def write_base(path: Path, state: dict[str, Tensor]) -> Path:
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def decode_arguments(tiny: Tiny, **given: object) -> argparse.Namespace:
+    defaults = {
+        "init_checkpoint": tiny.base, "adapter": None, "model_card": None, "lora_dim": None,
+        "lora_alpha": None, "allow_other_base": False, "device": torch.device("cpu"),
+    }  # fmt: skip
+    return argparse.Namespace(**defaults | given)
+
+
+def train(tiny: Tiny, work_dir: str, *more: object) -> Path:
+    gpt2_ft.main(tiny.argv(work_dir, *more))
+    return tiny.folder / work_dir
+
+
+def test_equal_weights_have_one_fingerprint_in_every_format_name_and_width(tmp_path: Path) -> None:
+    state = {name: tensor.half() for name, tensor in random_base(TINY_CARD).items()}
+    wide = {name: tensor.float() for name, tensor in state.items()}
+    short = {name.removeprefix("transformer."): tensor for name, tensor in wide.items()}
+    wrapped = {f"module.{name}": tensor for name, tensor in wide.items()}
+    files = [
+        write_base(tmp_path / "model.safetensors", state),
+        write_base(tmp_path / "a.pt", {"model_state_dict": wrapped}),
+        write_base(tmp_path / "a.bin", short | {"lm_head.weight": short["wte.weight"]}),
+        write_base(tmp_path / "b.bin", short | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}),
+        write_base(tmp_path / "c.bin", wide | {PAIR: torch.zeros(4, 16)}),
+        tmp_path,
+    ]  # fmt: skip
+    prints = {checkpoint.base_fingerprint(checkpoint.read_base(path)) for path in files}
+    assert len(prints) == 1
+    changed = write_base(tmp_path / "d.pt", wide | {"transformer.ln_f.bias": torch.ones(16)})
+    assert checkpoint.base_fingerprint(checkpoint.read_base(changed)) not in prints
+
+
+def test_a_training_run_saves_exactly_what_it_trains_under_lora_state_dicts_names(
+    tiny: Tiny,
+) -> None:
+    folder = train(tiny, "run", "--max_step", 6)
+    shape = {"vocab_size": 64, "n_positions": 32, **TINY_CARD}
+    adapted = GPT2LMModel(GPT2Config(**shape, lora_attn_dim=2))
+    names = set(lora.lora_state_dict(adapted))
+    files = sorted(folder.glob("model.*.safetensors"))
+    assert [file.name for file in files] == [
+        "model.3.safetensors",
+        "model.6.safetensors",
+        "model.best.safetensors",
+    ]
+    for file in files:
+        with safetensors.safe_open(file, "pt") as opened:
+            assert set(opened.keys()) == names
+            assert list(opened.metadata()) == ["adapter"]
+    assert len({file.stat().st_size for file in files}) == 1
+
+
+def test_full_fine_tuning_saves_all_weights_and_no_others(tiny: Tiny) -> None:
+    folder = train(tiny, "run", "--lora_dim", 0, "--max_step", 3)
+    header, tensors = checkpoint.read_adapter(folder)
+    base = checkpoint.read_base(tiny.base)
+    assert header["kind"] == "full"
+    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in base.items()}
+    assert all(not torch.equal(tensor, base[name]) for name, tensor in tensors.items())
+
+
+def test_equal_training_gives_equal_bytes_and_the_header_names_neither_path_nor_time(
+    tiny: Tiny,
+) -> None:
+    first = train(tiny, "first", "--max_step", 4, "--warmup_step", 0, "--lora_alpha", 32)
+    argv = tiny.argv("second", "--max_step", 4, "--warmup_step", 0)
+    at = argv.index("--lora_alpha")
+    gpt2_ft.main(argv[:at] + argv[at + 2 :])  # 32 is the default
+    second = tiny.folder / "second"
+    for name in ("model.4.safetensors", "model.best.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    header, _ = checkpoint.read_adapter(first / "model.4.safetensors")
+    text = json.dumps(header, sort_keys=True)
+    with safetensors.safe_open(first / "model.4.safetensors", "pt") as opened:
+        assert opened.metadata()["adapter"] == text
+    assert str(tiny.folder) not in text
+    assert not {"work_dir", "resume", "world_size", "host"} & set(header["settings"])
+    kept = {"format", "model_card", "r", "alpha", "dropout", "targets", "kind", "step", "seed"}
+    assert kept | {"vocabulary", "base", "settings"} <= set(header)
+    assert (header["step"], header["r"], header["alpha"]) == (4, 2, 32)
+    run = json.loads((first / "run.json").read_text(encoding="utf-8"))
+    assert run["settings"]["work_dir"] == str(first)
+
+
+def test_every_file_of_a_run_is_read_without_unpickling_objects(tiny: Tiny) -> None:
+    folder = train(tiny, "run", "--max_step", 3)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    assert state["progress"]["step"] == 3
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == [
+        ".lock", "log.jsonl", "model.3.safetensors", "model.best.safetensors", "run.json",
+        "state.pt",
+    ]  # fmt: skip
+
+
+def test_base_and_adapter_give_the_trained_models_logits_merged_once(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    real = gpt2_ft.prepare
+    monkeypatch.setattr(gpt2_ft, "prepare", lambda *a: runs.append(real(*a)) or runs[-1])
+    folder = train(tiny, "run", "--max_step", 6)
+    trained = runs[0].model.eval()
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    arguments = decode_arguments(tiny, adapter=folder)
+    with torch.no_grad():
+        expected = trained(ids)[0]
+        decoded, header = checkpoint.load_for_decoding(arguments)
+        plain, no_header = checkpoint.load_for_decoding(
+            decode_arguments(tiny, model_card="gpt2.tiny")
+        )
+        assert (decoded(ids)[0] - expected).abs().max() < 1e-5
+        assert (plain(ids)[0] - expected).abs().max() > 1e-3
+    assert (header["step"], no_header) == (6, None)
+    assert all(m.merged for m in decoded.modules() if hasattr(m, "lora_A"))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"init_checkpoint": None}, "init_checkpoint is missing.*base"),
+        ({"lora_alpha": 128}, "lora_alpha 128 contradicts.*8.0"),
+        ({"lora_dim": 0}, "lora_dim 0 contradicts.*2"),
+        ({"model_card": "gpt2.sm"}, "model_card gpt2.sm contradicts.*gpt2.tiny"),
+    ],
+)
+def test_flags_that_contradict_the_adapter_are_refused(
+    given: dict, message: str, tiny: Tiny
+) -> None:
+    folder = train(tiny, "run", "--max_step", 3)
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_for_decoding(decode_arguments(tiny, adapter=folder, **given))
+    fine = decode_arguments(tiny, adapter=folder, lora_alpha=8, lora_dim=2, model_card="gpt2.tiny")
+    checkpoint.load_for_decoding(fine)
+
+
+def test_another_base_than_the_adapters_is_refused_unless_allowed(tiny: Tiny) -> None:
+    folder = train(tiny, "run", "--max_step", 3)
+    other = write_base(tiny.folder / "other.safetensors", random_base(TINY_CARD, seed=9))
+    given = {"adapter": folder, "init_checkpoint": other}
+    with pytest.raises(InputError, match="other.safetensors is not the base.*allow_other_base"):
+        checkpoint.load_for_decoding(decode_arguments(tiny, **given))
+    checkpoint.load_for_decoding(decode_arguments(tiny, **given, allow_other_base=True))
+
+
+def test_the_originals_files_decode_once_alpha_is_given(tiny: Tiny) -> None:
+    """Its full checkpoints hold base and adapter, others the adapter alone; none holds alpha."""
+    folder = train(tiny, "run", "--max_step", 6)
+    _, pairs = checkpoint.read_adapter(folder)
+    base = checkpoint.read_base(tiny.base)
+    whole = write_base(tiny.folder / "full.pt", {"model_state_dict": {**base, **pairs}})
+    alone = write_base(tiny.folder / "adapter.pt", {"model_state_dict": pairs})
+    ids = torch.arange(9)[None]
+    expected = checkpoint.load_for_decoding(decode_arguments(tiny, adapter=folder))[0](ids)[0]
+    for given in ({"init_checkpoint": whole}, {"adapter": alone}):
+        with pytest.raises(InputError, match="--lora_alpha"):
+            checkpoint.load_for_decoding(decode_arguments(tiny, model_card="gpt2.tiny", **given))
+        arguments = decode_arguments(tiny, model_card="gpt2.tiny", lora_alpha=8, **given)
+        assert torch.allclose(checkpoint.load_for_decoding(arguments)[0](ids)[0], expected)
+        arguments.lora_dim = 7
+        with pytest.raises(InputError, match="lora_dim 7 contradicts.*rank 2"):
+            checkpoint.load_for_decoding(arguments)
+
+
+def test_an_adapter_given_as_base_is_explained(tiny: Tiny) -> None:
+    folder = train(tiny, "run", "--max_step", 3)
+    with pytest.raises(InputError, match="adapter without its base"):
+        checkpoint.read_base(folder / "model.3.safetensors")
+
+
+def test_adapter_tensors_that_do_not_fit_are_named(tiny: Tiny) -> None:
+    folder = train(tiny, "run", "--max_step", 3)
+    header, pairs = checkpoint.read_adapter(folder)
+    for spoilt, message in (
+        (pairs | {"foo": torch.zeros(1)}, "foo"),
+        (pairs | {PAIR: torch.zeros(8, 16)}, rf"{PAIR} of shape \[8, 16\].*\[4, 16\]"),
+        ({n: t for n, t in pairs.items() if n != PAIR}, f"lacks 1 tensors, first {PAIR}"),
+    ):
+        path = folder / "spoilt.safetensors"
+        checkpoint.save_adapter(path, spoilt, header)
+        with pytest.raises(InputError, match=message):
+            checkpoint.load_for_decoding(decode_arguments(tiny, adapter=path))
+
+
+def test_the_newest_adapter_of_a_folder_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no model.STEP.safetensors"):
+        checkpoint.newest_adapter(tmp_path)
+    for name in ("model.9", "model.10", "model.best", "model.99.old", ".model.11"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    assert checkpoint.newest_adapter(tmp_path).name == "model.10.safetensors"
+
+
+class MakesFolder:
+    """Its unpickling would run code that leaves a trace."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    content = {"wte.weight": MakesFolder(tmp_path / "trace")}
+    torch.save(content, tmp_path / "a.pt")
+    (tmp_path / "b.bin").write_bytes(pickle.dumps(content, protocol=2))
+    for name in ("a.pt", "b.bin"):
+        for read in (checkpoint.read_tensors, checkpoint.read_training_state):
+            with pytest.raises(InputError, match=f"{name}.*refused.*nothing in it was run"):
+                read(tmp_path / name)
+    assert not (tmp_path / "trace").exists()
+    pickle.loads((tmp_path / "b.bin").read_bytes())
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {"a": 1}, {"a": [torch.zeros(1)]}, {5: torch.zeros(1)}, torch.zeros(1), None],
+)
+def test_a_pickle_of_anything_but_named_tensors_is_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="not a file of named tensors"):
+        checkpoint.read_tensors(tmp_path / "a.pt")
+    with pytest.raises(InputError, match="not a training state"):
+        checkpoint.read_training_state(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        (None, "has no adapter header"),
+        ("{", "has no adapter header"),
+        ("[" * 100_000, "has no adapter header"),
+        ("[]", "has no good format"),
+        ('{"format": 1}', "has no good model_card"),
+        ('{"format": "1"}', "has no good format"),
+        (
+            '{"format": 2, "model_card": "x", "r": 1, "alpha": 1, '
+            '"base": {"name": "", "fingerprint": ""}}',
+            "has format 2",
+        ),
+    ],
+)
+def test_adapter_headers_of_another_kind_are_refused(
+    header: str | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.1.safetensors"
+    metadata = None if header is None else {"adapter": header}
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
+    with pytest.raises(InputError, match=message):
+        checkpoint.read_adapter(path)

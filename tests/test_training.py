@@ -1,0 +1,328 @@
+"""One step and one epoch: weighting, accumulation, clipping, bad steps, validation, the oracle."""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, Tiny, random_rows, write_rows
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.amp import GradScaler
+
+import checkpoint
+import gpt2_ft
+import gpu
+import loralib as lora
+from data.convert_e2e import e2e_rows
+from data_utils import EpochSampler, FT_Dataset, load_tokenizer
+from errors import InputError
+from model import GPT2Config, GPT2LMModel, canonical_name
+from run_setup import prepare
+from run_state import AverageMeter, Run
+
+MODULES = [
+    "checkpoint", "data_utils", "errors", "files", "gpt2_beam", "gpt2_ft", "gpu", "beam_search",
+    "loralib", "model", "optimizer", "run_log", "run_setup", "run_state",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["original"])
+def test_losses_and_adapter_equal_the_oracles_over_50_steps(
+    optimizer: str, shared: Path, tmp_path: Path
+) -> None:
+    oracle = json.loads((shared / "oracle" / "train.json").read_text(encoding="utf-8"))
+    rows = write_rows(tmp_path / "valid.jsonl", list(e2e_rows(shared / "data/e2e/valid.txt")))
+    data = FT_Dataset(rows, 8, 128, tokenizer=load_tokenizer(shared / "data" / "gpt2_vocab"))
+    steps = EpochSampler(len(data), 8, seed=110).steps(1)
+    batches = [micro for (micro,), _ in zip(steps, range(50), strict=False)]
+    assert batches == oracle["ids"]
+
+    base = load_file(shared / "oracle" / "nano_random.safetensors")
+    positions = base["wpe.weight"].size(0)
+    gpt = GPT2LMModel(
+        GPT2Config(50257, positions, n_embd=64, n_layer=2, n_head=2, lora_attn_dim=4, lora_attn_alpha=32)
+    )  # fmt: skip
+    gpt.load_weight(base)
+    saved = load_file(shared / "oracle" / "nano_train_lora.safetensors")
+
+    def adapter(moment: str) -> dict[str, Tensor]:
+        keys = [key for key in saved if key.startswith(moment)]
+        return {canonical_name(key.removeprefix(moment)): saved[key] for key in keys}
+
+    checkpoint.apply_trained(gpt, adapter("lora_init."), "lora_init")
+    lora.mark_only_lora_as_trainable(gpt)
+    given = oracle["optimizer"]
+    argv = ["--optimizer", optimizer, "--train_data", "x", "--init_checkpoint", "x"]
+    for name in ("lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_epislon", "warmup_step"):
+        argv += [f"--{name}", str(given[name])]
+    args = gpt2_ft.parse_args(argv)
+    args.device, args.max_step = torch.device("cpu"), given["max_step"]
+    adam = gpt2_ft_optimizer(gpt, args)
+    for micro, loss, norm in zip(batches, oracle["losses"], oracle["grad_norms"], strict=True):
+        batch = data.batch(micro)
+        _, ours = gpt(batch["input"], batch["target"], batch["mask"], oracle["label_smooth"])
+        counted = batch["mask"].sum()
+        ours = ours * (counted / (counted + 1e-4))  # the original's denominator
+        assert abs(float(ours.detach()) - loss) < 1e-5
+        ours.backward()
+        gradients = [p.grad for p in gpt.parameters() if p.grad is not None]
+        assert abs(float(torch.nn.utils.get_total_norm(gradients)) - norm) < 1e-4
+        adam()
+    final = dict(gpt.named_parameters())
+    for name, tensor in adapter("lora_final.").items():
+        assert (final[name].detach() - tensor).abs().max() < 1e-5, name
+
+
+def gpt2_ft_optimizer(gpt: GPT2LMModel, args: argparse.Namespace):  # noqa: ANN201 - a closure
+    from optimizer import create_adam_optimizer_from_args, create_optimizer_scheduler
+
+    adam = create_adam_optimizer_from_args(gpt, args)
+    scheduler = create_optimizer_scheduler(adam, args)
+
+    def step() -> None:
+        adam.step()
+        scheduler.step()
+        adam.zero_grad()
+
+    return step
+
+
+class SilentLog:
+    def advance(self, loss: float) -> None: ...
+
+    def record(self, kind: str, step: int, text: str, **values: float) -> None: ...
+
+
+def make_run(tiny: Tiny, *more: object) -> Run:
+    """A run on the tiny data, without dropout and warm-up, ready for its first step."""
+    argv = tiny.argv("run", "--lora_dropout", 0, "--warmup_step", 0, *more)
+    args = gpt2_ft.parse_args(argv)
+    gpu.parse_gpu(args)
+    run = prepare(args, None)
+    run.log = SilentLog()
+    return run
+
+
+def randomize_adapter(run: Run) -> None:
+    """Away from B = 0, where A has no gradient."""
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for tensor in run.trained.values():
+            tensor.normal_(std=0.2)
+
+
+def step_gradients(run: Run, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Gradients as the optimizer sees them."""
+    seen = {}
+    real = run.optimizer.step
+
+    def spy(*args: object) -> None:
+        seen.update({name: p.grad.clone() for name, p in run.trained.items()})
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.optimizer, "step", spy)
+        gpt2_ft.optimizer_step(run, rows)
+    return seen
+
+
+def test_gradient_of_four_rows_is_that_of_four_micro_batches_of_one(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"context": [1, 2, 3], "completion": list(range(1, n + 1))} for n in (5, 10, 6, 7)]
+    write_rows(tiny.folder / "train.jsonl", rows)
+    together, apart = make_run(tiny), make_run(tiny)
+    for run in (together, apart):
+        randomize_adapter(run)
+    whole = step_gradients(together, [[0, 1, 2, 3]], monkeypatch)
+    micro = step_gradients(apart, [[0], [1], [2], [3]], monkeypatch)
+
+    fresh = make_run(tiny)
+    randomize_adapter(fresh)
+    batch = fresh.train.batch([0, 1, 2, 3])
+    logits, _ = fresh.model(batch["input"])
+    counted = batch["mask"] > 0
+    F.cross_entropy(logits[counted], batch["target"][counted], label_smoothing=0.1).backward()
+    for name, parameter in fresh.trained.items():
+        assert parameter.grad.abs().max() > 0
+        for gradients in (whole, micro):
+            error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 1e-5, name
+
+
+def test_a_step_reports_the_token_mean_and_the_norm_before_clipping(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tiny, "--clip", 0.01)
+    batch = run.train.batch([0, 1, 2])
+    with torch.no_grad():
+        expected = float(run.model(batch["input"], batch["target"], batch["mask"], 0.1)[1])
+    results = []
+    real = gpt2_ft.optimizer_step
+    monkeypatch.setattr(gpt2_ft, "optimizer_step", lambda *a: results.append(real(*a)))
+    clipped = step_gradients(run, [[0, 1], [2]], monkeypatch)
+    ((loss, counted, norm),) = results
+    assert loss == pytest.approx(expected, abs=1e-6)
+    assert counted == float(batch["mask"].sum())
+    assert norm > 0.01
+    assert torch.nn.utils.get_total_norm(clipped.values()) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("clip", [0, 0.01])
+def test_loss_scaling_changes_neither_gradients_nor_clipping(
+    clip: float, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, scaled = (make_run(tiny, "--clip", clip) for _ in range(2))
+    scaled.scaler = GradScaler("cpu", init_scale=2.0**16)
+    for run in (plain, scaled):
+        randomize_adapter(run)
+    expected = step_gradients(plain, [[0, 1], [2]], monkeypatch)
+    got = step_gradients(scaled, [[0, 1], [2]], monkeypatch)
+    for name, gradient in expected.items():
+        assert torch.allclose(got[name], gradient, rtol=1e-4, atol=1e-8)
+    if clip:
+        assert torch.nn.utils.get_total_norm(got.values()) <= clip * 1.001
+
+
+def spoil_backward(run: Run, steps: set[int]) -> None:
+    """Make the loss of the given calls of the model infinite."""
+    real, calls = run.model.forward, iter(range(10**6))
+
+    def forward(*inputs: object) -> tuple:
+        logits, loss = real(*inputs)
+        return logits, loss * math.inf if next(calls) in steps else loss
+
+    run.model.forward = forward
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_is_not_finite_is_skipped_and_moves_nothing_but_the_data(
+    scaled: bool, tiny: Tiny
+) -> None:
+    run = make_run(tiny, "--max_step", 4, "--eval_interval", 100)
+    if scaled:
+        run.scaler = GradScaler("cpu", init_scale=2.0**10)
+    spoil_backward(run, {0, 1})  # both micro-batches of the first step
+    before = {name: tensor.clone() for name, tensor in run.trained.items()}
+    steps = run.sampler.steps(1)
+    rate = run.scheduler.get_last_lr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        *_, norm = gpt2_ft.optimizer_step(run, next(steps))
+        assert not math.isfinite(norm)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in run.trained.items())
+        assert run.scheduler.get_last_lr() == rate
+        assert all(p.grad is None for p in run.trained.values())
+        *_, norm = gpt2_ft.optimizer_step(run, next(steps))
+    assert math.isfinite(norm)
+    assert run.scheduler.get_last_lr() != rate
+    if scaled:
+        assert run.scaler.get_scale() == 2.0**9
+
+
+def test_skipped_steps_are_not_counted_as_steps_and_the_data_moves_on(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(tiny.argv("run")[-1]).mkdir()
+    run = make_run(tiny, "--max_epoch", 1)
+    spoil_backward(run, {2, 3})
+    seen = []
+    real = gpt2_ft.optimizer_step
+    monkeypatch.setattr(
+        gpt2_ft, "optimizer_step", lambda r, rows: seen.append(rows) or real(r, rows)
+    )
+    gpt2_ft.train_validate(run, 1)
+    assert (run.step, run.window, run.bad_steps) == (5, 6, 0)
+    assert seen == list(run.sampler.steps(1))
+    assert sorted(i for rows in seen for micro in rows for i in micro) == list(range(21))
+
+
+@pytest.mark.parametrize("good", [0, 4])
+def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_file(
+    good: int, tiny: Tiny
+) -> None:
+    run = make_run(tiny, "--max_bad_steps", 3, "--save_interval", 1)
+    spoil_backward(run, set(range(2 * good, 1000)))
+    named = "model.4.safetensors" if good else "Nothing was saved"
+    with pytest.raises(InputError, match=f"3 steps in a row.*{named}"):
+        gpt2_ft.train_validate(run, 1)
+        gpt2_ft.train_validate(run, 2)
+
+
+def test_validation_is_the_unsmoothed_token_mean_for_any_batch_size_and_call(tiny: Tiny) -> None:
+    write_rows(tiny.folder / "valid.jsonl", random_rows(10, seed=4))
+    run = make_run(tiny, "--lora_dropout", 0.5, "--label_smooth", 0.3)
+    randomize_adapter(run)
+    sums = tokens = 0.0
+    run.model.eval()
+    with torch.no_grad():
+        for i in range(10):
+            batch = run.valid.batch([i])
+            logits, _ = run.model(batch["input"])
+            counted = batch["mask"] > 0
+            losses = F.cross_entropy(logits[counted], batch["target"][counted], reduction="sum")
+            sums, tokens = sums + float(losses), tokens + int(counted.sum())
+    run.model.train()
+    for size in (1, 1, 2, 4, 5, 10, 100):
+        run.args.valid_batch_size = size
+        loss, perplexity = gpt2_ft.evaluate(run.model, run.valid, run.args)
+        assert loss == pytest.approx(sums / tokens, abs=1e-6)
+        assert perplexity == pytest.approx(math.exp(loss))
+    assert run.model.training
+
+
+def test_schedule_moves_once_per_step_whatever_the_accumulation(tiny: Tiny) -> None:
+    """21 rows in micro-batches of 2, four a step: 3 steps, the first at the whole rate."""
+    gpt2_ft.main(
+        tiny.argv("run", "--grad_acc", 4, "--max_epoch", 1, "--warmup_step", 0, "--lr", 0.01)
+    )
+    log = (tiny.folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in log]
+    rates = [record["lr"] for record in records if record["kind"] == "train"]
+    assert rates == pytest.approx([0.01 * 2 / 3, 0.01 / 3, 0.0])
+    assert all(
+        {"loss", "ppl", "lr", "tokens_per_second", "peak_memory_gb"} <= set(record)
+        for record in records
+        if record["kind"] == "train"
+    )
+
+
+def test_joint_loss_counts_the_context_too(tiny: Tiny) -> None:
+    clm, jlm = (make_run(tiny, "--obj", objective).train for objective in ("clm", "jlm"))
+    for i in range(len(clm)):
+        context = len(clm.rows[i].context)
+        assert jlm[i]["mask"].sum() - clm[i]["mask"].sum() == context - 1
+
+
+def test_bf16_trains_near_fp32(tiny: Tiny) -> None:
+    losses = []
+    for flags in ([], ["--bf16"]):
+        run = make_run(tiny, *flags)
+        steps = [gpt2_ft.optimizer_step(run, rows)[0] for rows in run.sampler.steps(1)]
+        losses.append(torch.tensor(steps))
+    assert (losses[0] - losses[1]).abs().max() < 0.05
+    assert not torch.equal(*losses)
+
+
+def test_average_meter_is_a_weighted_mean() -> None:
+    meter = AverageMeter()
+    meter.update(1.0, 3)
+    meter.update(5.0)
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (5.0, 2.0, 8.0, 4)
+    meter.reset()
+    assert (meter.avg, meter.count) == (0, 0)
+
+
+def test_every_module_imports_without_a_warning() -> None:
+    code = "; ".join(f"import {name}" for name in MODULES if (ROOT / f"{name}.py").exists())
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -10,7 +10,6 @@ cd "$(dirname "$0")/.."
 task=e2e
 recipe=(--lora_dim 4 --lora_alpha 32 --lora_dropout 0.1 --label_smooth 0.1 --lr 2e-4
   --weight_decay 0.01 --train_batch_size 8 --max_epoch 5 --seq_len 512)
-scoring=()
 length_penalties=(0.8 0.9)
 source scripts/pipeline.sh
 run_pipeline

@@ -9,7 +9,8 @@
 #   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP=     smaller than the real thing
 
 source scripts/venv.sh requirements.txt
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / ${NPROC:-1} > 0 ? $(nproc) / ${NPROC:-1} : 1 ))}
+threads=$(($(nproc) / ${NPROC:-1}))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 work_dir=${WORK_DIR:-runs/$task}
 
 say() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
@@ -20,8 +21,8 @@ choose_base() {
   base=${INIT_CHECKPOINT:-pretrained_checkpoints/${folders[$card]:-none}/model.safetensors}
   vocab=${VOCAB:-vocab}
   if [ -z "${INIT_CHECKPOINT:-}" ] && [ ! -f "$base" ]; then
-    echo "No pretrained weights at $base (scripts/download_pretrained_checkpoints.sh fetches them):"
-    echo "starting from the shipped nano base with its own vocabulary. Its scores are no one's record."
+    echo "No pretrained weights at $base (scripts/download_pretrained_checkpoints.sh has them):"
+    echo "starting from the shipped nano base with its own vocabulary. Expect none of the above scores."
     card=gpt2.nano base=data/nano/model.safetensors vocab=data/nano
   fi
 }
@@ -43,12 +44,21 @@ train() {
     --work_dir "$work_dir/train" --warmup_step "${WARMUP_STEP:-500}" "${recipe[@]}" "${flags[@]}"
 }
 
+# Decodes with a length penalty, then scores: with all references, and by the rule of ref_num.
 decode_and_score() {
-  local out=$work_dir/$1
+  local out=$work_dir/beam.$1
   python gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$work_dir/train" \
-    --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$2" --output_file "$out.jsonl"
-  python eval/evaluate.py --task "$task" --data "$work_dir/test.jsonl" --predictions "$out.jsonl" \
-    --json "$out.scores.json" "${scoring[@]}"
+    --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$1" --output_file "$out.jsonl"
+  score all_references "$out"
+  if [ -n "${ref_num:-}" ]; then score "ref_num_$ref_num" "$out" --ref_num "$ref_num"; fi
+}
+
+score() {
+  local name=$1 out=$2
+  shift 2
+  echo "-- $name"
+  python eval/evaluate.py --task "$task" --data "$work_dir/test.jsonl" \
+    --predictions "$out.jsonl" --json "$out.$name.json" "$@"
 }
 
 run_pipeline() {
@@ -62,7 +72,7 @@ run_pipeline() {
   train
   for penalty in "${length_penalties[@]}"; do
     say "Decoding and scoring, length penalty $penalty"
-    decode_and_score "beam.$penalty" "$penalty"
+    decode_and_score "$penalty"
   done
-  say "Done; scores are in $work_dir/beam.*.scores.json"
+  say "Done; scores are in $work_dir/beam.*.json"
 }

@@ -267,6 +267,13 @@ def test_where_every_first_token_is_banned_the_text_is_empty() -> None:
     assert (best.tokens, best.finished) == ([], False)
 
 
+def test_the_earlier_of_two_equal_hypotheses_wins() -> None:
+    chosen = {"beam": 3, "eval_len": 2, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
+    first, second, third = search_one(constant_model(0.0, 0.0), 3, end_ids=(1,), **chosen)
+    assert first.score == second.score == third.score
+    assert [first.tokens, second.tokens, third.tokens] == [[1], [0, 0], [0, 1]]
+
+
 @pytest.mark.parametrize("penalty", [0.0, 0.8, 2.0, -1.0])
 def test_time_does_not_grow_with_eval_len_once_nothing_can_win(penalty: float) -> None:
     table = torch.zeros(1000, 23, 4)

@@ -1,0 +1,284 @@
+"""The decoding program: what its predictions file holds, and what it says when it cannot go on."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import POSITIONS, ROOT, VOCABULARY, Tiny, finish, random_rows, start, write_rows
+
+import gpt2_beam
+import gpt2_ft
+from checkpoint import read_adapter, read_base
+from data_utils import load_tokenizer
+from errors import InputError
+from model import GPT2Config, GPT2LMModel
+
+NANO_VOCAB = ROOT / "data" / "nano"
+
+
+def rows_with_repeats(count: int = 20, distinct: int = 7) -> list[dict]:
+    contexts = [row["context"] for row in random_rows(distinct, seed=3)]
+    draw = random.Random(0)
+    picked = [*range(distinct), *(draw.randrange(distinct) for _ in range(count - distinct))]
+    draw.shuffle(picked)
+    return [{"context": contexts[i]} for i in picked]
+
+
+def beam_argv(tiny: Tiny, *more: object) -> list[str]:
+    """Arguments of a short search over `test.jsonl`; `more` rules."""
+    given = {
+        "data": tiny.folder / "test.jsonl", "init_checkpoint": tiny.base, "model_card": tiny.card,
+        "device": "cpu", "beam": 3, "eval_len": 8, "eos_token_id": 5,
+        "output_file": tiny.folder / "predictions.jsonl",
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if f"--{name}" not in more}
+    pairs = [(f"--{name}", str(value)) for name, value in given.items()]
+    return [part for pair in pairs for part in pair] + [str(part) for part in more]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def decode(tiny: Tiny, *more: object, rows: list[dict] | None = None) -> list[dict]:
+    write_rows(tiny.folder / "test.jsonl", rows or rows_with_repeats())
+    gpt2_beam.main(beam_argv(tiny, *more))
+    return read(tiny.folder / "predictions.jsonl")
+
+
+def test_every_row_is_predicted_once_in_order_and_each_distinct_context_searched_once(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    searched: list[tuple] = []
+    search = gpt2_beam.beam_search
+
+    def spy(model, prompts, *rest):
+        searched.extend(tuple(prompt.tolist()) for prompt in prompts)
+        return search(model, prompts, *rest)
+
+    monkeypatch.setattr(gpt2_beam, "beam_search", spy)
+    rows = rows_with_repeats()
+    predictions = decode(tiny, rows=rows)
+    assert [p["id"] for p in predictions] == list(range(20))
+    assert [p["context"] for p in predictions] == [row["context"] for row in rows]
+    assert len(searched) == len(set(searched)) == 7
+    outputs = {tuple(p["context"]): set() for p in predictions}
+    for p in predictions:
+        outputs[tuple(p["context"])].add((tuple(p["prediction"]), p["score"], p["finished"]))
+        assert p.keys() == {"id", "context", "prediction", "score", "length", "finished"}
+        assert p["length"] == len(p["prediction"]) <= 8
+        assert p["finished"] == (p["prediction"][-1] == 5)
+        assert 5 not in p["prediction"][:-1]
+    assert all(len(found) == 1 for found in outputs.values())
+    unfinished = sum(not p["finished"] for p in predictions)
+    printed = capsys.readouterr().out
+    assert "20 rows, 7 distinct contexts" in printed
+    assert f"{unfinished} unfinished" in printed
+
+
+@pytest.mark.parametrize("more", [("--batch_size", 1), ("--batch_size", 3), ("--seq_len", 20)])
+def test_batch_size_and_room_to_spare_change_no_prediction(tiny: Tiny, more: tuple) -> None:
+    expected = [p["prediction"] for p in decode(tiny)]
+    assert [p["prediction"] for p in decode(tiny, *more)] == expected
+
+
+def test_the_file_is_the_same_to_the_byte_by_one_two_and_three_processes(nano: Tiny) -> None:
+    write_rows(nano.folder / "test.jsonl", rows_with_repeats())
+    written = []
+    for count in (1, 2, 3):
+        path = nano.folder / f"by_{count}.jsonl"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        launcher = torchrun if count > 1 else []
+        argv = beam_argv(nano, "--batch_size", 3, "--output_file", path)
+        code, out, err = finish(start([*launcher, ROOT / "gpt2_beam.py", *argv]))
+        assert code == 0, err
+        assert out.count("20 rows, 7 distinct contexts") == 1
+        written.append(path.read_bytes())
+    assert written[0] == written[1] == written[2]
+
+
+def test_the_adapter_takes_its_settings_from_its_header_and_scores_are_its_own(
+    tiny: Tiny,
+) -> None:
+    gpt2_ft.main(tiny.argv("run", "--lr", 0.05))
+    adapter = tiny.folder / "run"
+    base_texts = [p["prediction"] for p in decode(tiny)]
+    argv = ("--adapter", adapter, "--length_penalty", 0, "--no_repeat_ngram_size", 0)
+    predictions = decode(tiny, *argv)
+    assert [p["prediction"] for p in predictions] != base_texts
+
+    header, tensors = read_adapter(adapter)
+    assert header is not None
+    shape = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "lora_attn_alpha": 8}
+    card = gpt2_beam.MODEL_CARDS[tiny.card]
+    model = GPT2LMModel(GPT2Config(**card | shape, lora_attn_dim=2)).eval()
+    model.load_weight(read_base(tiny.base) | tensors)
+    for p in predictions:
+        text = torch.tensor([p["context"] + p["prediction"]])
+        with torch.no_grad():
+            logits = model(text)[0][0, len(p["context"]) - 1 : -1]
+        steps = logits.log_softmax(-1).gather(1, text[0, len(p["context"]) :, None])
+        assert p["score"] == pytest.approx(float(steps.sum()), abs=2e-4)
+
+
+def test_n_best_lists_distinct_hypotheses_best_first(tiny: Tiny) -> None:
+    for p in decode(tiny, "--num_return_sequences", 3):
+        assert len(p["n_best"]) == 3
+        assert {key: p[key] for key in p["n_best"][0]} == p["n_best"][0]
+        scores = [h["score"] for h in p["n_best"]]
+        assert scores == sorted(scores, reverse=True)
+        assert len({tuple(h["prediction"]) for h in p["n_best"]}) == 3
+
+
+def text_model(tiny: Tiny) -> tuple[str, ...]:
+    """Flags of a random base over the shipped vocabulary."""
+    path = tiny.folder / "text.pt"
+    card = gpt2_beam.MODEL_CARDS[tiny.card]
+    vocabulary = load_tokenizer(NANO_VOCAB).get_vocab_size()
+    torch.manual_seed(0)
+    model = GPT2LMModel(GPT2Config(vocab_size=vocabulary, n_positions=POSITIONS, **card))
+    torch.save({name: 9 * tensor for name, tensor in model.state_dict().items()}, path)
+    return "--init_checkpoint", str(path), "--vocab", str(NANO_VOCAB)
+
+
+def test_text_is_decoded_and_cut_before_whichever_end_id_was_given(tiny: Tiny) -> None:
+    tokenizer = load_tokenizer(NANO_VOCAB)
+    ends = [flag for i in range(300, 700) for flag in ("--eos_token_id", i)]
+    rows = [{"context": f"name : The Owl | area : {place}"} for place in ("city", "park", "lake")]
+    model = text_model(tiny)
+    predictions = decode(tiny, *model, *ends, rows=rows)
+    assert any(p["finished"] for p in predictions)
+    for p, row in zip(predictions, rows, strict=True):
+        words = p["prediction"][:-1] if p["finished"] else p["prediction"]
+        assert p["context"] == row["context"]
+        assert p["text"] == tokenizer.decode(words).strip()
+        assert p["finished"] == (p["prediction"][-1] in range(300, 700))
+
+
+def chosen_ends(tiny: Tiny, vocab_size: int, *more: object, vocab: Path | None = None) -> tuple:
+    argv = beam_argv(tiny)
+    at = argv.index("--eos_token_id")
+    args = gpt2_beam.parse_args([*argv[:at], *argv[at + 2 :], *map(str, more)])
+    args.rank = 0
+    tokenizer = load_tokenizer(vocab) if vocab else None
+    return gpt2_beam.search_settings(args, tokenizer, vocab_size).end_ids
+
+
+def test_given_end_ids_replace_the_default_and_a_missing_trained_one_is_named(
+    tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    end = load_tokenizer(NANO_VOCAB).token_to_id("<|endoftext|>")
+    assert chosen_ends(tiny, 50257) == (50256, 628)
+    assert chosen_ends(tiny, 2048, vocab=NANO_VOCAB)[0] == end
+    both = ("--eos_token_id", 50256, "--eos_token_id", 628)
+    assert chosen_ends(tiny, 50257, *both) == (50256, 628)
+    assert capsys.readouterr().err == ""
+    assert chosen_ends(tiny, 50257, "--eos_token_id", 628) == (628,)
+    warning = capsys.readouterr().err
+    assert "--eos_token_id 50256 --eos_token_id 628" in warning
+    assert warning.count("\n") == 1
+
+
+def test_the_defaults_are_the_published_settings(tiny: Tiny) -> None:
+    args = gpt2_beam.parse_args(["--data", "x", "--init_checkpoint", "y"])
+    assert (args.beam, args.length_penalty, args.no_repeat_ngram_size) == (10, 0.8, 4)
+    assert (args.eval_len, args.min_length, args.repetition_penalty) == (64, 0, 1.0)
+    assert args.output_file == str(Path("runs") / "predictions.jsonl")
+
+
+def test_without_data_and_base_the_sample_is_decoded() -> None:
+    args = gpt2_beam.parse_args(["--adapter", "runs/001", "--work_dir", "there"])
+    assert args.uses_sample
+    assert Path(args.data).is_file()
+    assert Path(args.vocab).is_dir()
+    assert args.model_card == "gpt2.nano"
+    assert args.output_file == str(Path("there") / "predictions.jsonl")
+
+
+def test_contexts_longer_than_the_window_lose_their_head_and_are_counted(
+    tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    tail = [7, 8, 9, 10] * 6
+    rows = [{"context": [1] * 20 + tail}, {"context": tail}, {"context": [4]}]
+    long, short, _ = decode(tiny, rows=rows)
+    assert long["context"] == rows[0]["context"]
+    assert long["prediction"] == short["prediction"]
+    assert "1 of 3 contexts are longer" in capsys.readouterr().out
+
+
+WRONG_FLAGS = [
+    (("--beam", 0), "--beam 0"),
+    (("--batch_size", 0), "--batch_size 0"),
+    (("--eval_len", POSITIONS), "--eval_len 32 leaves no room"),
+    (("--seq_len", 99), "--seq_len 99 is above"),
+    (("--num_return_sequences", 4), "--num_return_sequences 4"),
+    (("--length_penalty", "nan"), "--length_penalty nan"),
+    (("--repetition_penalty", 0), "--repetition_penalty 0"),
+    (("--eos_token_id", VOCABULARY), "--eos_token_id 64"),
+    (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    (("--adapter", "nowhere.safetensors"), "nowhere.safetensors"),
+    (("--vocab", str(NANO_VOCAB)), "--vocab"),
+    (("--model_card", "gpt2.xxl"), "gpt2.xxl"),
+]
+
+
+@pytest.mark.parametrize(("more", "named"), WRONG_FLAGS, ids=[named for _, named in WRONG_FLAGS])
+def test_what_is_wrong_is_named_in_one_line_and_nothing_is_written(
+    tiny: Tiny, more: tuple, named: str
+) -> None:
+    with pytest.raises(InputError) as raised:
+        decode(tiny, *more)
+    assert named in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tiny.folder / "predictions.jsonl").exists()
+
+
+def test_a_vocabulary_without_known_end_and_broken_rows_are_refused(tiny: Tiny) -> None:
+    argv = beam_argv(tiny)
+    at = argv.index("--eos_token_id")
+    write_rows(tiny.folder / "test.jsonl", rows_with_repeats())
+    with pytest.raises(InputError, match="--vocab, or --eos_token_id"):
+        gpt2_beam.main([*argv[:at], *argv[at + 2 :]])
+    with pytest.raises(InputError, match=r"test.jsonl, line 2: context"):
+        decode(tiny, rows=[{"context": [1]}, {"context": [VOCABULARY]}])
+
+
+def test_damaged_weights_are_reported_as_such(tiny: Tiny) -> None:
+    state = {name: tensor * float("nan") for name, tensor in read_base(tiny.base).items()}
+    torch.save(state, tiny.folder / "damaged.pt")
+    with pytest.raises(InputError, match="NaN"):
+        decode(tiny, "--init_checkpoint", tiny.folder / "damaged.pt")
+
+
+def test_a_repetition_penalty_prints_nothing_of_its_own(
+    tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    decode(tiny)
+    plain = capsys.readouterr()
+    decode(tiny, "--repetition_penalty", 1.3)
+    penalised = capsys.readouterr()
+    assert penalised.out.count("\n") == plain.out.count("\n") == 1
+    assert penalised.err == plain.err == ""
+
+
+def test_the_hf_search_is_another_and_counts_the_prompt(tiny: Tiny) -> None:
+    rows = [{"context": [i, i]} for i in range(6, 12)]
+    argv = ("--no_repeat_ngram_size", 1, "--search")
+    texts = [p["prediction"] for p in decode(tiny, *argv, "hf", rows=rows)]
+    assert not any(row["context"][0] in text for row, text in zip(rows, texts, strict=True))
+    assert [p["prediction"] for p in decode(tiny, *argv, "original", rows=rows)] != texts
+
+
+def test_the_command_line_prints_one_line_and_exits_2_where_it_cannot_go_on(nano: Tiny) -> None:
+    write_rows(nano.folder / "test.jsonl", rows_with_repeats(8, 4))
+    argv = beam_argv(nano, "--eval_len", 4)
+    code, out, err = finish(start(["-W", "error", ROOT / "gpt2_beam.py", *argv]))
+    assert (code, err) == (0, "")
+    assert out.startswith("8 rows, 4 distinct contexts")
+    assert out.count("\n") == 1
+    code, out, err = finish(start([ROOT / "gpt2_beam.py", *argv, "--beam", 0]))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --beam 0")
+    assert err.count("\n") == 1

@@ -1,0 +1,308 @@
+"""A run that is stopped, or killed, goes on to the bytes of one that never was."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Tiny, finish, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import gpt2_ft
+import run_log
+from checkpoint import read_adapter
+from errors import InputError
+
+TIMES = ("tokens_per_second", "peak_memory_gb")
+
+
+class Killed(BaseException):
+    """Ends a run as nothing that a program could expect does."""
+
+
+def adapters(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("model.*.safetensors")}
+
+
+def log_records(folder: Path) -> list[dict]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of every scalar that TensorBoard shows, times apart."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.split("/")[1] not in TIMES]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def same_runs(one: Path, other: Path) -> None:
+    """Everything that tells the two runs' courses is equal."""
+    assert adapters(one).keys() >= adapters(other).keys() >= {"model.12.safetensors"}
+    assert all(adapters(one)[name] == content for name, content in adapters(other).items())
+    assert log_records(one) == log_records(other)
+    shown = scalars(one)
+    assert shown == scalars(other)
+    for points in shown.values():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps))
+
+
+def die_in_call(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Let the program die in the given call of one of its functions."""
+    real, calls = getattr(gpt2_ft, name), iter(range(1, 10**6))
+
+    def function(*arguments: object) -> object:
+        if next(calls) == call:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(gpt2_ft, name, function)
+
+
+@pytest.mark.parametrize(
+    "place, call, more",
+    [
+        ("optimizer_step", 2, []),  # nothing saved yet
+        ("optimizer_step", 6, []),  # between two saves, in the middle of an epoch
+        ("optimizer_step", 9, ["--obj", "jlm", "--clip", 0.1, "--scheduler", "cosine"]),
+        ("optimizer_step", 7, ["--optimizer", "torch", "--log_interval", 5]),
+        ("optimizer_step", 8, ["--lora_dim", 0, "--no_decay_bias"]),
+        ("validate", 2, []),  # after the last step of an epoch
+        ("save", 2, []),  # after its validation
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bytes_and_logs(
+    place: str, call: int, more: list, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2_ft.main(tiny.argv("whole", *more))
+    argv = tiny.argv("killed", "--resume", "auto", *more)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_call(patch, place, call)
+        gpt2_ft.main(argv)
+    assert adapters(tiny.folder / "killed").keys() < adapters(tiny.folder / "whole").keys() | {"x"}
+    gpt2_ft.main(argv)
+    same_runs(tiny.folder / "whole", tiny.folder / "killed")
+
+
+def test_a_run_killed_again_and_again_still_ends_the_same(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2_ft.main(tiny.argv("whole"))
+    argv = tiny.argv("killed", "--resume", "auto", "--save_interval", 1)
+    for call in (3, 1, 2, 4, 3):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die_in_call(patch, "optimizer_step", call)
+            gpt2_ft.main(argv)
+    gpt2_ft.main(argv)
+    gpt2_ft.main(argv)  # a finished run has nothing left to do
+    monkeypatch.setattr(gpt2_ft, "optimizer_step", None)
+    gpt2_ft.main(argv)
+    whole, killed = tiny.folder / "whole", tiny.folder / "killed"
+    assert all(adapters(killed)[name] == content for name, content in adapters(whole).items())
+    assert log_records(whole) == log_records(killed)
+    assert scalars(whole) == scalars(killed)
+
+
+def test_a_log_line_cut_short_and_steps_past_the_last_save_are_dropped(tiny: Tiny) -> None:
+    gpt2_ft.main(tiny.argv("whole"))
+    gpt2_ft.main(tiny.argv("run", "--max_epoch", 2))
+    path = tiny.folder / "run" / "log.jsonl"
+    kept = path.read_bytes()
+    junk = b'{"kind": "valid", "step": 13, "loss": 1}\n\0\0\xff\n{"kind": "train", "st'
+    path.write_bytes(kept + junk)
+    gpt2_ft.main(tiny.argv("run", "--resume", "auto"))
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_its_step_saved_and_it_resumes_to_the_same_bytes(
+    number: int, code: int, nano: Tiny
+) -> None:
+    more = ["--max_epoch", 40, "--max_step", 240, "--save_interval", 1000, "--eval_interval", 70]
+    argv = nano.argv("stopped", *more, "--resume", "auto")
+    process = start(["gpt2_ft.py", *argv])
+    log = nano.folder / "stopped" / "log.jsonl"
+    wait_until(lambda: log.exists() and log.stat().st_size > 500, process)
+    process.send_signal(number)
+    status, out, err = finish(process)
+    assert (status, "Traceback" in err) == (code, False), err
+    stopped_at = torch.load(log.with_name("state.pt"), weights_only=True)["progress"]["step"]
+    assert 1 < stopped_at < 240
+    assert read_adapter(log.parent)[0]["step"] == stopped_at
+
+    gpt2_ft.main(argv)
+    gpt2_ft.main(nano.argv("whole", *more))
+    last = "model.240.safetensors"
+    whole, stopped = nano.folder / "whole", nano.folder / "stopped"
+    assert adapters(whole)[last] == adapters(stopped)[last]
+    assert log_records(whole) == log_records(stopped)
+
+
+def wait_until(condition: object, process: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_second_signal_ends_the_process_at_once(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    real = gpt2_ft.optimizer_step
+
+    def signalled(*arguments: object) -> tuple:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(gpt2_ft, "optimizer_step", signalled)
+    with pytest.raises(SystemExit) as ended:
+        gpt2_ft.main(tiny.argv("run"))
+    assert (codes, ended.value.code) == ([130], 143)
+
+
+def test_a_run_of_steps_that_are_not_finite_still_obeys_a_signal(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def bad_step(run: gpt2_ft.Run, rows: list) -> tuple:
+        calls.append(rows)
+        run.signal, run.stopping = signal.SIGTERM, True
+        return 0.0, 1.0, float("nan")
+
+    monkeypatch.setattr(gpt2_ft, "optimizer_step", bad_step)
+    with pytest.raises(SystemExit) as ended:
+        gpt2_ft.main(tiny.argv("run"))
+    assert (ended.value.code, len(calls)) == (143, 1)
+
+
+def start_run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_call(patch, "optimizer_step", 5)
+        gpt2_ft.main(tiny.argv("run"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--lr", 0.02], ["--lora_alpha", 9], ["--grad_acc", 1], ["--random_seed", 5], ["--clip", 1],
+     ["--label_smooth", 0.2], ["--max_epoch", 3], ["--scheduler", "constant"], ["--bf16"]],
+)  # fmt: skip
+def test_a_changed_setting_is_named_and_refused(
+    more: list, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_run(tiny, monkeypatch)
+    state = (tiny.folder / "run" / "state.pt").read_bytes()
+    name = {"grad_acc": "global_batch", "lora_alpha": "alpha", "random_seed": "random_seed"}
+    flag = more[0].removeprefix("--")
+    with pytest.raises(InputError, match=f"--resume.*{name.get(flag, flag)}.*--resume_anyway"):
+        gpt2_ft.main(tiny.argv("run", "--resume", "auto", *more))
+    assert (tiny.folder / "run" / "state.pt").read_bytes() == state
+
+
+def test_changed_data_and_another_base_are_refused(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_run(tiny, monkeypatch)
+    data = tiny.folder / "train.jsonl"
+    lines = data.read_text(encoding="utf-8").splitlines()
+    data.write_text("\n".join(reversed(lines)), encoding="utf-8")
+    with pytest.raises(InputError, match="train_data"):
+        gpt2_ft.main(tiny.argv("run", "--resume", "auto"))
+
+
+def test_resume_anyway_goes_on_under_the_new_settings(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_run(tiny, monkeypatch)
+    changed = ["--lr", 0.5, "--weight_decay", 0.3, "--scheduler", "constant"]
+    runs = []
+    real = gpt2_ft.prepare
+    monkeypatch.setattr(gpt2_ft, "prepare", lambda *a: runs.append(real(*a)) or runs[-1])
+    gpt2_ft.main(tiny.argv("run", "--resume", "auto", "--resume_anyway", *changed))
+    records = log_records(tiny.folder / "run")
+    rates = {record["step"]: record["lr"] for record in records if record["kind"] == "train"}
+    assert rates[3] < 0.01
+    assert [rates[step] for step in range(4, 13)] == [0.5] * 9
+    assert runs[0].optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize(
+    "more", [["--optimizer", "torch"], ["--lora_dim", 4], ["--lora_dim", 0], ["--no_decay_bias"]]
+)
+def test_what_the_saved_state_cannot_fit_is_refused_even_with_resume_anyway(
+    more: list, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_run(tiny, monkeypatch)
+    with pytest.raises(InputError, match=f"{more[0]} was .*the saved state does not fit"):
+        gpt2_ft.main(tiny.argv("run", "--resume", "auto", "--resume_anyway", *more))
+
+
+def test_a_work_dir_with_a_run_needs_resume_or_another_folder(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_run(tiny, monkeypatch)
+    both = "holds a run already.*--resume auto.*another --work_dir"
+    with pytest.raises(InputError, match=both):
+        gpt2_ft.main(tiny.argv("run"))
+    (tiny.folder / "run" / "state.pt").unlink()
+    with pytest.raises(InputError, match=both):
+        gpt2_ft.main(tiny.argv("run"))
+    with pytest.raises(InputError, match="holds no state.pt"):
+        gpt2_ft.main(tiny.argv("other", "--resume", tiny.folder / "run"))
+    with pytest.raises(InputError, match="needs --work_dir"):
+        gpt2_ft.main([*tiny.argv("other")[:-2], "--resume", "auto"])
+
+
+def test_resume_by_path_goes_on_there_or_in_an_empty_folder_and_in_no_other_run(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_run(tiny, monkeypatch)
+    gpt2_ft.main(tiny.argv("whole"))
+    run = tiny.folder / "run"
+    with pytest.raises(InputError, match="whole holds a run already"):
+        gpt2_ft.main(tiny.argv("whole", "--resume", run))
+    gpt2_ft.main(tiny.argv("branch", "--resume", run))
+    gpt2_ft.main([*tiny.argv("run")[:-2], "--resume", str(run)])
+    last = adapters(tiny.folder / "whole")["model.12.safetensors"]
+    for name in ("branch", "run"):
+        assert adapters(tiny.folder / name)["model.12.safetensors"] == last
+
+
+def test_two_runs_do_not_share_a_work_dir(tiny: Tiny) -> None:
+    folder = tiny.folder / "run"
+    with run_log.lock(str(folder)), pytest.raises(InputError, match="in use by another run"):
+        gpt2_ft.main(tiny.argv("run"))
+    assert adapters(folder) == {}
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+
+
+def test_best_on_validation_and_last_are_both_kept_and_named(
+    tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    gpt2_ft.main(tiny.argv("run"))
+    folder = tiny.folder / "run"
+    losses = {r["step"]: r["loss"] for r in log_records(folder) if r["kind"] == "valid"}
+    assert set(losses) == {4, 6, 8, 12}
+    header, _ = read_adapter(folder / "model.best.safetensors")
+    assert header["step"] == min(losses, key=losses.get)
+    *_, last_line = capsys.readouterr().out.splitlines()
+    assert "model.12.safetensors" in last_line and "model.best.safetensors" in last_line
+
+
+def test_without_work_dir_the_first_free_folder_is_taken(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.folder)
+    for _ in range(2):
+        gpt2_ft.main([*tiny.argv("x", "--max_step", 3)[:-4], "--max_step", "3"])
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["001", "002"]

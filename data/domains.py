@@ -278,7 +278,7 @@ RESTAURANTS = Domain(
     wording={
         "family friendly": {
             "yes": "(Families are welcome here|It is a place for families)",
-            "no": "(It is a place for adults|It is no place for children)",
+            "no": "(It is a place for adults|Children are not welcome here)",
         }
     },
 )

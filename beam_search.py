@@ -67,10 +67,9 @@ class SearchSettings:
 
     @property
     def candidates(self) -> int:
-        """Continuations looked at per step. With one beam, transformers searches greedily."""
-        if self.search == "original" or self.beam == 1:
-            return self.beam
-        return max(2, 1 + len(self.end_ids)) * self.beam
+        """Continuations looked at per step, M."""
+        ends = len(self.end_ids)
+        return self.beam if self.search == "original" else max(2, 1 + ends) * self.beam
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from errors import run as run_program
 from model import MODEL_CARDS
 from optimizer import add_optimizer_params
 from run_log import RunLog, choose_work_dir, lock
-from run_setup import DEFAULT_EPOCHS, prepare
-from run_state import Run, find_state, save, write_adapter
+from run_setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes
+from run_state import AverageMeter, Run, find_state, save, write_adapter
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"
@@ -272,7 +272,8 @@ def validate(run: Run, epoch: int) -> None:
 
 
 def _log_training(run: Run, epoch: int, norm: float, tokens: int, seconds: float) -> None:
-    args, meter = run.args, run.average
+    args = run.args
+    meter: AverageMeter = run.average
     loss_sum, count, tokens = gpu.distributed_sum(args, [meter.sum, meter.count, tokens])
     meter.reset()
     loss, rate = loss_sum / max(count, 1), run.scheduler.get_last_lr()[0]
@@ -314,6 +315,9 @@ def fine_tune(args: argparse.Namespace) -> None:
     state = find_state(args)
     with lock(args.work_dir) if args.rank == 0 else nullcontext():
         run = prepare(args, state)
+        if args.rank == 0:
+            print_args(args)
+            print_sizes(run)
         stop_on_signals(run)
         with closing(RunLog(args, run.step, run.validated_step)) as run.log:
             for epoch in itertools.count(run.epoch):

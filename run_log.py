@@ -40,7 +40,7 @@ def lock(work_dir: str) -> Iterator[None]:
     folder = Path(work_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise InputError(f"--work_dir {work_dir} cannot be used: {error.strerror}") from error
     try:

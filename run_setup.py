@@ -71,9 +71,6 @@ def prepare(args: argparse.Namespace, state: dict | None) -> Run:
     run = Run(args, wrapped, optimizer, scheduler, scaler, train, valid, sampler, header)
     if state is not None:
         restore(run, state)
-    if args.rank == 0:
-        print_args(args)
-        print_sizes(run)
     return run
 
 

@@ -2,6 +2,8 @@
 # With the environment standing and the file unchanged, nothing is asked of the network.
 #   source scripts/venv.sh requirements.txt
 
+# Waiting threads sleep in place of spinning, so that a busy machine is not slowed by its own idling.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=$1
 python=${PYTHON:-python3}

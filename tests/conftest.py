@@ -13,6 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
+import checkpoint
+import errors
+import gpt2_ft
 import model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,3 +137,22 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, s
         process.kill()
         raise
     return process.returncode, out, err
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one sentence with which the program refuses its input, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda: gpt2_ft.main(argv))
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+    return err
+
+
+def nothing_half_written(folder: Path) -> None:
+    assert not list(folder.rglob("*.tmp"))
+    for path in folder.glob("model.*.safetensors"):
+        checkpoint.read_adapter(path)
+    if (folder / "state.pt").exists():
+        checkpoint.read_training_state(folder / "state.pt")

@@ -66,9 +66,9 @@ class TableModel:
         return self.table[len(tokens), state].clone()
 
 
-def table_model(seed: int, vocabulary: int, steps: int) -> TableModel:
+def table_model(seed: int, vocabulary: int, steps: int, scale: float = 2) -> TableModel:
     generator = torch.Generator().manual_seed(seed)
-    return TableModel(2 * torch.randn(steps, 23, vocabulary, generator=generator))
+    return TableModel(scale * torch.randn(steps, 23, vocabulary, generator=generator))
 
 
 def constant_model(*logits: float, steps: int = 64) -> TableModel:
@@ -160,7 +160,9 @@ def toy_searches(draw: st.DrawFn, vocabulary: st.SearchStrategy, length: st.Sear
     )
     token = st.integers(0, size - 1)
     lists = draw(st.lists(st.lists(token, min_size=1, max_size=4), min_size=1, max_size=4))
-    model = table_model(draw(st.integers(0, 2**20)), size, steps)
+    # The larger the scale the surer the model, and the more often a longer text wins in the end.
+    scale = draw(st.sampled_from([1, 2, 8]))
+    model = table_model(draw(st.integers(0, 2**20)), size, steps, scale)
     return model, [torch.tensor(tokens) for tokens in lists], chosen
 
 
@@ -272,6 +274,34 @@ def test_the_earlier_of_two_equal_hypotheses_wins() -> None:
     first, second, third = search_one(constant_model(0.0, 0.0), 3, end_ids=(1,), **chosen)
     assert first.score == second.score == third.score
     assert [first.tokens, second.tokens, third.tokens] == [[1], [0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("penalty", "at_once", "longer", "winner"),
+    [
+        (0.8, 0.6, 10, 10),
+        (2.0, 0.9, 10, 10),
+        (-1.0, 0.2, 2, 2),
+        (0.0, 0.6, 10, 1),
+        (-1.0, 0.6, 2, 1),
+    ],
+)
+def test_a_search_goes_on_just_as_long_as_a_longer_text_can_win(
+    penalty: float, at_once: float, longer: int, winner: int
+) -> None:
+    """Token 1 ends the text at once with the given probability; otherwise tokens 0 follow surely
+    until one of the longer length has ended. Scores are log p / length ** penalty of these two."""
+    table = torch.full((10, 23, 2), -30.0)
+    table[: longer - 1, :, 0] = 0.0
+    table[longer - 1 :, :, 1] = 0.0
+    table[0] = torch.tensor([1 - at_once, at_once]).log()
+    (best,) = search_one(
+        TableModel(table), beam=2, eval_len=10, end_ids=(1,), length_penalty=penalty,
+        no_repeat_ngram_size=0,
+    )  # fmt: skip
+    assert best.tokens == [0] * (winner - 1) + [1]
+    chance = at_once if winner == 1 else 1 - at_once
+    assert best.score == pytest.approx(math.log(chance) / winner**penalty, abs=1e-5)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.8, 2.0, -1.0])
@@ -437,20 +467,20 @@ def test_outputs_equal_the_originals_whatever_the_batch_and_the_order(
         assert best.finished == (best.tokens[-1] in chosen.end_ids)
 
 
+MANY_ENDS = tuple(range(0, 97, 2))  # so that often more than K of the best candidates end at once
 TRANSFORMERS_RUNS = {
-    "penalty 0.8": {"length_penalty": 0.8},
-    "penalty 0, two ends": {"length_penalty": 0.0, "end_ids": (0, 2)},
-    "penalty -1, ten ends, beam 3": {
-        "length_penalty": -1.0, "end_ids": tuple(range(0, 20, 2)), "beam": 3
-    },
-    "no unigram twice": {"no_repeat_ngram_size": 1, "end_ids": (0, 2)},
+    "penalty 0.8": {},
+    "penalty 0.8, two ends": {"end_ids": (0, 2)},
+    "penalty 0": {"length_penalty": 0.0},
+    "penalty 2, many ends": {"length_penalty": 2.0, "end_ids": MANY_ENDS},
+    "penalty -1, many ends": {"length_penalty": -1.0, "end_ids": MANY_ENDS},
     "no bigram twice": {"no_repeat_ngram_size": 2, "end_ids": (0, 2)},
     "repetition 1.3": {"repetition_penalty": 1.3},
     "all rules, three best": {
-        "beam": 6, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_length": 5,
-        "end_ids": (0, 2, 4), "num_return_sequences": 3,
+        "beam": 6, "repetition_penalty": 1.2, "no_repeat_ngram_size": 1, "min_length": 3,
+        "end_ids": MANY_ENDS, "num_return_sequences": 3,
     },
-    "one beam": {"beam": 1, "no_repeat_ngram_size": 2},
+    "one beam": {"beam": 1, "length_penalty": 2.0, "end_ids": MANY_ENDS},
 }  # fmt: skip
 
 

@@ -283,7 +283,10 @@ def test_cycle_is_linear_between_its_points_and_constant_behind() -> None:
         (["--warmup_step", "100"], "warmup_step 100 .* below the 100 steps"),
         (["--warmup_step", "-1"], "warmup_step -1"),
         (["--scheduler", "cycle", "--i_steps", "0,x"], "comma-separated numbers"),
-        (["--scheduler", "cycle", "--i_steps", "0,5", "--i_lrs", "1"], "one rate, 0 or more, per step"),
+        (
+            ["--scheduler", "cycle", "--i_steps", "0,5", "--i_lrs", "1"],
+            "one rate, 0 or more, per step",
+        ),
         (["--scheduler", "cycle", "--i_steps", "1", "--i_lrs", "1"], "rise from 0"),
         (["--scheduler", "cycle", "--i_steps", "0,5,5", "--i_lrs", "1,1,1"], "rise from 0"),
         (["--scheduler", "cycle", "--i_lrs", "nan"], "i_lrs nan"),

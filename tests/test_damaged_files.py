@@ -1,0 +1,137 @@
+"""Damaged checkpoints and full disks: one sentence, exit code 2, and nothing half-written."""
+
+import json
+import pickle
+import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY_CARD, VOCABULARY, Tiny, nothing_half_written, random_base, refusal
+
+import checkpoint
+import gpt2_ft
+from errors import InputError
+from files import replacing
+
+
+def mutated(data: bytes, seed: int) -> bytes:
+    """Cut, or with some bytes changed, most of them at the front where headers are."""
+    draw = random.Random(seed)
+    if draw.random() < 0.3:
+        return data[: draw.randrange(len(data))]
+    content = bytearray(data)
+    for _ in range(draw.choice([1, 1, 4, 16])):
+        content[draw.randrange(draw.choice([16, 300, len(data)]))] = draw.randrange(256)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "legacy.bin"])
+def test_damaged_checkpoints_are_refused_by_name_or_hold_what_they_say(
+    name: str, tmp_path: Path
+) -> None:
+    state = random_base(TINY_CARD)
+    path = tmp_path / name
+    if name.endswith("safetensors"):
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=name != "legacy.bin")
+    data, refused = path.read_bytes(), 0
+    for seed in range(250):
+        path.write_bytes(mutated(data, seed))
+        gpt = checkpoint.GPT2LMModel(checkpoint.GPT2Config(VOCABULARY, 32, **TINY_CARD))
+        try:
+            checkpoint.load_base(gpt, checkpoint.read_base(path), path)
+        except InputError as error:
+            assert name in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("lie", ["length", "offsets", "dtype", "shape", "huge"])
+def test_lying_safetensors_headers_are_refused(lie: str, tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    entry |= {
+        "offsets": {"data_offsets": [0, 64]},
+        "dtype": {"dtype": "F99"},
+        "shape": {"shape": [4, 4]},
+        "huge": {"shape": [2**40, 2**40]},
+    }.get(lie, {})
+    header = json.dumps({"wte.weight": entry}).encode()
+    length = 2**60 if lie == "length" else len(header)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + bytes(16))
+    for folder_or_file in (path, tmp_path):
+        with pytest.raises(InputError, match="model.safetensors is damaged"):
+            checkpoint.read_base(folder_or_file)
+
+
+def test_a_scalar_for_an_embedding_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture) -> None:
+    state = random_base(TINY_CARD) | {"transformer.wte.weight": torch.tensor(1.0)}
+    safetensors.torch.save_file(state, tiny.base)
+    assert "transformer.wte.weight has shape []" in refusal(tiny.argv("run"), capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"format": 1}, protocol=2)])
+def test_a_damaged_state_is_refused_and_left_alone(
+    content: bytes, tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    path = tiny.folder / "run" / "state.pt"
+    path.write_bytes(content)
+    assert "state.pt" in refusal(tiny.argv("run", "--max_step", 3, "--resume", "auto"), capsys)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("below", ["train.jsonl", "train.jsonl/deeper/run"])
+def test_a_work_dir_below_a_file_is_refused(
+    below: str, tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    before = (tiny.folder / "train.jsonl").read_bytes()
+    assert f"{below} cannot be used" in refusal(tiny.argv(below), capsys)
+    assert (tiny.folder / "train.jsonl").read_bytes() == before
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_said_at_any_point_and_the_run_goes_on_from_its_last_save(
+    tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    gpt2_ft.main(tiny.argv("whole"))
+    whole = tiny.folder / "whole"
+    sizes = sorted({path.stat().st_size for path in whole.rglob("*") if path.is_file()})
+    assert len(sizes) > 4
+    for size in (size - 1 for size in sizes if size):
+        argv = tiny.argv(f"run{size}", "--resume", "auto")
+        with largest_file(size):
+            assert "cannot be written: File too large" in refusal(argv, capsys)
+        folder = tiny.folder / f"run{size}"
+        nothing_half_written(folder)
+        gpt2_ft.main(argv)
+        for path in whole.glob("model.*"):
+            assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    refused = pytest.raises(InputError, match="file cannot be written")
+    with largest_file(10), refused, replacing(path, "wb") as file:
+        file.write(bytes(100))
+    with pytest.raises(KeyError), replacing(path) as file:
+        file.write("new")
+        raise KeyError
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]

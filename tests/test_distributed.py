@@ -1,0 +1,238 @@
+"""Launchers, devices and process groups: gloo on this machine, one thread a process."""
+
+import argparse
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Tiny, finish, random_rows, start, write_rows
+
+import gpt2_ft
+import gpu
+from checkpoint import read_adapter
+from errors import InputError
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+PROBE = '''
+"""A run that also tells what the ranks see, as one JSON line a rank."""
+import json, sys
+import torch, torch.distributed as dist
+sys.path.insert(0, ROOT)
+import gpt2_ft
+
+real_prepare, real_step = gpt2_ft.prepare, gpt2_ft.optimizer_step
+seen = {"reductions": []}
+
+def count(state, bucket):
+    seen["reductions"][-1] += 1
+    done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return done.then(lambda f: f.value()[0] / dist.get_world_size())
+
+def prepare(args, state):
+    run = real_prepare(args, state)
+    seen.update(rank=args.rank, device=str(args.device), random=torch.rand(1).item())
+    seen["start"] = {n: p.detach().double().sum().item() for n, p in run.trained.items()}
+    run.model.register_comm_hook(None, count)
+    return run
+
+def step(run, rows):
+    seen["reductions"].append(0)
+    seen.setdefault("rows", []).append(rows)
+    return real_step(run, rows)
+
+gpt2_ft.prepare, gpt2_ft.optimizer_step = prepare, step
+gpt2_ft.main()
+with open(f"{OUT}/{seen['rank']}.json", "w", encoding="utf-8") as file:
+    json.dump(seen, file)
+'''
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def launch(count: int, arguments: list[str]) -> tuple[int, str, str]:
+    return finish(start([*TORCHRUN, "--nproc_per_node", count, *arguments]))
+
+
+def test_two_processes_train_as_one_does_and_reduce_once_a_step(nano: Tiny) -> None:
+    """19 rows: the last window has 3, of which the second rank has 1, less than a micro-batch."""
+    write_rows(nano.folder / "train.jsonl", random_rows(19))
+    probe = nano.folder / "probe.py"
+    head = f"ROOT, OUT = {str(ROOT)!r}, {str(nano.folder)!r}\n"
+    probe.write_text(head + PROBE, encoding="utf-8")
+    more = ["--lora_dropout", 0, "--max_epoch", 1, "--lr", 0.001, "--max_epoch", 1]
+    two = nano.argv("two", *more, "--grad_acc", 2, "--train_batch_size", 2)
+    code, _, err = launch(2, [str(probe), *two])
+    assert code == 0, err
+    gpt2_ft.main(nano.argv("one", *more, "--grad_acc", 2, "--train_batch_size", 4))
+
+    for kind in ("train", "valid"):
+        ours, theirs = (records(nano.folder / name, kind) for name in ("one", "two"))
+        assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+        for key in ("loss", "grad_norm") if kind == "train" else ("loss",):
+            expected = [r[key] for r in ours]
+            assert [r[key] for r in theirs] == pytest.approx(expected, abs=1e-6, rel=1e-5)
+    (_, one), (_, other) = (read_adapter(nano.folder / name) for name in ("one", "two"))
+    assert all(torch.allclose(other[name], t, atol=1e-5) for name, t in one.items())
+
+    first, second = (
+        json.loads((nano.folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
+    )
+    assert first["start"] == second["start"]
+    assert first["random"] != second["random"]
+    assert first["reductions"] == second["reductions"] == [1, 1, 1]
+    sizes = [[[len(micro) for micro in rows] for rows in seen["rows"]] for seen in (first, second)]
+    assert sizes == [[[2, 2], [2, 2], [2]], [[2, 2], [2, 2], [1]]]
+    rows = [i for seen in (first, second) for step in seen["rows"] for m in step for i in m]
+    assert sorted(rows) == list(range(19))
+
+
+def test_a_rank_without_a_row_in_the_last_window_and_another_world_size_on_resume(
+    nano: Tiny,
+) -> None:
+    """17 rows, 8 a step: the third step has one row. Then one process goes on for two."""
+    write_rows(nano.folder / "train.jsonl", random_rows(17))
+    more = ["--lora_dropout", 0, "--max_epoch", 3]
+    two = nano.argv("two", *more, "--grad_acc", 2)
+    code, _, err = launch(2, ["gpt2_ft.py", *two, "--max_step", 9])
+    assert code == 0, err
+    gpt2_ft.main(nano.argv("one", *more, "--grad_acc", 4, "--max_step", 9))
+    expected = [r["loss"] for r in records(nano.folder / "one", "train")]
+    got = [r["loss"] for r in records(nano.folder / "two", "train")]
+    assert len(got) == 9
+    assert got == pytest.approx(expected, abs=1e-5)
+
+    with pytest.raises(InputError, match="global batch of 8, which 1 processes.*3 cannot make"):
+        gpt2_ft.main([*two, "--max_step", "9", "--resume", "auto", "--train_batch_size", "3"])
+    resumed = [*two, "--max_step", "12", "--max_epoch", "4", "--resume", "auto", "--resume_anyway"]
+    gpt2_ft.main(resumed)
+    run = json.loads((nano.folder / "two" / "run.json").read_text(encoding="utf-8"))
+    assert (run["settings"]["grad_acc"], run["settings"]["global_batch"]) == (4, 8)
+    assert [r["step"] for r in records(nano.folder / "two", "train")] == list(range(1, 13))
+
+
+def test_the_older_launcher_starts_training_too(nano: Tiny) -> None:
+    launcher = ["-m", "torch.distributed.launch", "--standalone"]
+    code, out, err = finish(start([*launcher, "gpt2_ft.py", *nano.argv("run", "--max_step", 3)]))
+    assert code == 0, err
+    assert "fp32 on cpu, 1 process(es)" in out
+    assert (nano.folder / "run" / "model.3.safetensors").is_file()
+
+
+@pytest.mark.parametrize("flag", ["--local_rank", "--local-rank"])
+def test_the_launchers_flag_for_the_local_rank_is_known(flag: str) -> None:
+    args = gpt2_ft.build_parser().parse_args([f"{flag}=3"])
+    assert args.local_rank == 3
+
+
+def gpu_arguments(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    gpu.add_gpu_params(parser)
+    return parser.parse_args(argv)
+
+
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Let this machine seem to have GPUs; returns the list of devices chosen."""
+    chosen: list[int] = []
+    fakes = {
+        "is_available": lambda: True,
+        "device_count": lambda: count,
+        "set_device": chosen.append,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return chosen
+
+
+def test_the_device_is_the_local_rank_on_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two GPUs each: global rank 2 is GPU 0 of the second."""
+    chosen = fake_cuda(monkeypatch, 2)
+    joined = []
+    monkeypatch.setattr(gpu.dist, "init_process_group", lambda *a, **k: joined.append(a[0]))
+    devices = []
+    for rank in range(4):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank % 2), ("WORLD_SIZE", 4)):
+            monkeypatch.setenv(name, str(value))
+        args = gpu_arguments()
+        gpu.parse_gpu(args)
+        devices.append((args.rank, args.device.index, args.world_size))
+    assert devices == [(0, 0, 4), (1, 1, 4), (2, 0, 4), (3, 1, 4)]
+    assert chosen == [0, 1, 0, 1]
+    assert joined == ["nccl"] * 4
+    wrapped = []
+    monkeypatch.setattr(gpu.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        gpu, "DistributedDataParallel", lambda m, device_ids: wrapped.append(device_ids)
+    )
+    gpu.distributed_opt(args, types.SimpleNamespace())
+    assert wrapped == [[1]]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda(monkeypatch, 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="local rank 1 has no GPU: this machine has 1"):
+        gpu.parse_gpu(gpu_arguments())
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--platform", "azure"], "azure.*torchrun"),
+        (["--platform", "philly"], "philly.*torchrun"),
+        (["--platform", "k8s"], "k8s.*torchrun"),
+        (["--platform", "moon"], "moon is unknown"),
+        (["--device", "tpu"], "tpu is unknown"),
+        (["--fp16", "--device", "cpu"], "--fp16 needs a CUDA device"),
+        (["--fp16", "--bf16"], "exclude each other"),
+        (["--dist_timeout", "0"], "dist_timeout 0"),
+        (["--dist_timeout", "inf"], "dist_timeout inf"),
+    ],
+)
+def test_what_is_not_to_be_had_is_refused_in_a_sentence(argv: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        gpu.parse_gpu(gpu_arguments(*argv))
+
+
+def test_one_process_needs_no_group() -> None:
+    args = gpu_arguments("--device", "cpu")
+    gpu.parse_gpu(args)
+    assert (args.rank, args.world_size, args.local_rank) == (0, 1, 0)
+    assert gpu.distributed_gather(args, {"a": 1}) == [{"a": 1}]
+    assert gpu.distributed_sum(args, [1, 2.5]) == [1, 2.5]
+    gpu.distributed_sync(args)
+    layer = torch.nn.Linear(1, 1)
+    assert gpu.distributed_opt(args, layer) is gpu.unwrap(layer) is layer
+    gpu.cleanup(args)
+
+
+def test_generators_come_back_where_they_were() -> None:
+    import random
+
+    import numpy as np
+
+    gpu.seed_everything(3)
+    states = gpu.generator_states()
+    draws = [random.random(), np.random.rand(), torch.rand(1).item()]
+    gpu.set_generator_states(states)
+    assert [random.random(), np.random.rand(), torch.rand(1).item()] == draws
+    gpu.seed_everything(3)
+    assert [random.random(), np.random.rand(), torch.rand(1).item()] == draws
+
+
+def test_the_readmes_command_trains_the_shipped_base_on_the_shipped_sample(tmp_path: Path) -> None:
+    if not (ROOT / "data" / "nano" / "model.safetensors").is_file():
+        pytest.skip(
+            "data/nano/model.safetensors is not there: the shipped base is still to be made"
+        )
+    own_words = ["--nproc_per_node", 1, ROOT / "gpt2_ft.py", "--lora_dim", 4, "--lora_alpha", 32]
+    command = [*TORCHRUN, *own_words, "--max_step", 3, "--warmup_step", 1]
+    code, out, err = finish(start(command, cwd=tmp_path))
+    assert code == 0, err
+    assert out.startswith("Neither --train_data nor --init_checkpoint given")
+    header, _ = read_adapter(tmp_path / "runs" / "001")
+    assert (header["model_card"], header["r"], header["step"]) == ("gpt2.nano", 4, 3)

@@ -6,7 +6,7 @@
 #   NPROC=1                processes on this machine; the global batch grows with it
 #   SEED=110  PRECISION=fp32|bf16|fp16  WORK_DIR=runs/TASK  RESUME=1
 #   DATA_DIR=FOLDER        raw data; otherwise ../shared/data, otherwise downloaded
-#   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP=     smaller than the real thing
+#   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP= LR=  smaller than the real thing
 
 source scripts/venv.sh requirements.txt
 threads=$(($(nproc) / ${NPROC:-1}))
@@ -38,6 +38,7 @@ train() {
   [ "${NPROC:-1}" -gt 1 ] && launch=(torchrun --standalone --nproc_per_node "$NPROC")
   [ "${PRECISION:-fp32}" != fp32 ] && flags+=("--$PRECISION")
   [ -n "${MAX_STEP:-}" ] && flags+=(--max_step "$MAX_STEP")
+  [ -n "${LR:-}" ] && flags+=(--lr "$LR")
   [ -n "${RESUME:-}" ] && flags+=(--resume auto)
   "${launch[@]}" gpt2_ft.py --train_data "$work_dir/train.jsonl" --valid_data "$work_dir/valid.jsonl" \
     --model_card "$card" --init_checkpoint "$base" --vocab "$vocab" --random_seed "${SEED:-110}" \

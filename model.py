@@ -9,7 +9,7 @@ Every linear map is a LoRA layer: with rank 0 it is a plain frozen one. Weights 
 GPT-2's published files store them, (in, out), so nothing is transposed on loading.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +36,23 @@ MODEL_CARDS: dict[str, dict[str, int]] = {
 }
 
 
+ALL_TARGETS = ("q", "k", "v", "o", "fc", "proj")  # what `--lora_targets all` means
+LORA_TARGETS = {
+    "q": "attn.c_attn",
+    "k": "attn.c_attn",
+    "v": "attn.c_attn",
+    "c_attn": "attn.c_attn",  # query, key and value by one adapter, as PEFT does it
+    "o": "attn.c_proj",
+    "fc": "mlp.c_fc",
+    "proj": "mlp.c_proj",
+    "wte": "wte",
+}
+
+
 @dataclass
 class GPT2Config:
-    """Shape of the model and of its adapter. `lora_attn_dim` is the rank r, 0 for no adapter."""
+    """Shape of the model and of its adapter. `lora_attn_dim` is the rank r, 0 for no adapter;
+    `lora_targets` are keys of LORA_TARGETS, `lora_kind` and `use_rslora` as in loralib."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -50,10 +64,51 @@ class GPT2Config:
     lora_attn_dim: int = 0
     lora_attn_alpha: float = 128
     lora_dropout: float = 0.0
+    lora_targets: Sequence[str] = ("q", "v")
+    lora_kind: str = "lora"
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
+        if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
+            raise ValueError(f"target {unknown[0]} is not one of {', '.join(LORA_TARGETS)}")
+        if "c_attn" in self.lora_targets and set("qkv") & set(self.lora_targets):
+            raise ValueError("target c_attn is q, k and v at once; name it or them, not both")
+        if "wte" in self.lora_targets and self.lora_kind != "lora":
+            raise ValueError(f"{self.lora_kind} is for linear layers, target wte is an embedding")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+    def linear(self, target: str, inputs: int, outputs: int) -> lora.Linear:
+        """A linear layer, with the adapter if `target` is one of the config's targets."""
+        settings = self._adapter() if target in self.lora_targets else {}
+        return lora.Linear(inputs, outputs, fan_in_fan_out=True, **settings)
+
+    def fused_linear(self) -> lora.Linear:
+        """The projection to query, key and value, each of which may have an adapter."""
+        sizes = self.n_embd, 3 * self.n_embd
+        if "c_attn" in self.lora_targets:
+            return self.linear("c_attn", *sizes)
+        enabled = [part in self.lora_targets for part in "qkv"]
+        return lora.MergedLinear(
+            *sizes, enable_lora=enabled, fan_in_fan_out=True, **self._adapter()
+        )
+
+    def token_embedding(self) -> nn.Embedding:
+        if "wte" not in self.lora_targets:
+            return nn.Embedding(self.vocab_size, self.n_embd)
+        settings = self._adapter()
+        del settings["lora_dropout"], settings["kind"]
+        return lora.Embedding(self.vocab_size, self.n_embd, **settings)
+
+    def _adapter(self) -> dict:
+        return {
+            "r": self.lora_attn_dim,
+            "lora_alpha": self.lora_attn_alpha,
+            "lora_dropout": self.lora_dropout,
+            "merge_weights": False,
+            "use_rslora": self.use_rslora,
+            "kind": self.lora_kind,
+        }
 
 
 class DecodeCache:
@@ -132,23 +187,13 @@ class PackedLinear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention whose fused q, k, v projection adapts q and v (LoRA, section 4.2)."""
+    """Causal self-attention; by default its fused q, k, v projection adapts q and v (LoRA, 4.2)."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        width = config.n_embd
-        self.c_attn = lora.MergedLinear(
-            width,
-            3 * width,
-            r=config.lora_attn_dim,
-            lora_alpha=config.lora_attn_alpha,
-            lora_dropout=config.lora_dropout,
-            enable_lora=[True, False, True],
-            fan_in_fan_out=True,
-            merge_weights=False,
-        )
-        self.c_proj = lora.Linear(width, width, fan_in_fan_out=True)
+        self.c_attn = config.fused_linear()
+        self.c_proj = config.linear("o", config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, lengths: list[int], cache: DecodeCache | None = None) -> Tensor:
         """(N, C) to (N, C), N = Σ lengths: the sequences of a batch, one behind the other.
@@ -190,8 +235,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.c_fc = lora.Linear(config.n_embd, 4 * config.n_embd, fan_in_fan_out=True)
-        self.c_proj = lora.Linear(4 * config.n_embd, config.n_embd, fan_in_fan_out=True)
+        self.c_fc = config.linear("fc", config.n_embd, 4 * config.n_embd)
+        self.c_proj = config.linear("proj", 4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -217,7 +262,7 @@ class Block(nn.Module):
 class GPT2Model(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = config.token_embedding()
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -254,7 +299,7 @@ class GPT2Model(nn.Module):
 
 
 class GPT2LMModel(nn.Module):
-    """GPT-2 with its language-model head, whose weight is the token embedding."""
+    """GPT-2 with its language-model head, whose weight is the token embedding, without adapter."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -269,11 +314,17 @@ class GPT2LMModel(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C), the token embedding's own weight: an adapter of it does not reach the head."""
+        wte = self.transformer.wte
+        return wte.base_weight if isinstance(wte, lora.Embedding) else wte.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), by the tied embedding."""
         if self.packed_head is not None:
             return self.packed_head(hidden)
-        return F.linear(hidden, self.transformer.wte.weight)
+        return F.linear(hidden, self.head_weight)
 
     def forward(
         self,
@@ -302,7 +353,7 @@ class GPT2LMModel(nn.Module):
         hidden = self.transformer.packed(input_ids, real, ends.tolist())[counted[real]]
         loss = smoothed_cross_entropy(
             self.transformer.ln_f(hidden),
-            self.transformer.wte.weight,
+            self.head_weight,
             lm_labels[counted],
             mask[counted],
             label_smooth,
@@ -337,7 +388,7 @@ class GPT2LMModel(nn.Module):
             for name, layer in linears:
                 weight = layer.weight.T if layer.fan_in_fan_out else layer.weight
                 self.set_submodule(name, PackedLinear(weight, layer.bias))
-            self.packed_head = PackedLinear(embedding, None)
+            self.packed_head = PackedLinear(self.head_weight, None)
         return self
 
     def load_weight(self, state_dict: Mapping[str, Tensor]) -> None:

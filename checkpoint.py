@@ -19,11 +19,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import peft_adapter
 from errors import InputError
 from files import replacing
-from model import MODEL_CARDS, GPT2Config, GPT2LMModel, canonical_names
+from model import (
+    ALL_TARGETS,
+    LORA_TARGETS,
+    MODEL_CARDS,
+    GPT2Config,
+    GPT2LMModel,
+    canonical_names,
+)
 
 FORMAT_VERSION = 1
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BASE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -108,7 +117,24 @@ def model_config(card: str, state: Mapping[str, Tensor] | None, **settings) -> G
             table = state.get(f"transformer.{name}.weight")
             if table is not None and table.dim() == 2:
                 shape[field] = table.size(0)
-    return GPT2Config(**shape | settings)
+    try:
+        return GPT2Config(**shape | settings)
+    except ValueError as error:
+        raise InputError(f"--lora_targets or the adapter's header: {error}") from error
+
+
+def card_of(state: Mapping[str, Tensor]) -> str:
+    """The card whose depth and width a base of canonical names has.
+
+    Raises:
+        InputError: no card fits.
+    """
+    depth = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
+    widths = [t.size(-1) for name, t in state.items() if name == "transformer.wte.weight"]
+    for card, shape in MODEL_CARDS.items():
+        if [shape["n_layer"], shape["n_embd"]] == [depth, *widths]:
+            return card
+    raise InputError(f"no model card has {depth} blocks and width {widths}; give --model_card")
 
 
 def read_base(path: str | Path) -> dict[str, Tensor]:
@@ -143,11 +169,14 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], header: dict) 
 
 
 def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
-    """Header and tensors of an adapter file, or of the newest one in a run's work_dir.
+    """Header and tensors of an adapter file, of the newest one in a run's work_dir, or of a folder
+    that PEFT wrote.
 
     Original `.pt` adapters have no header: None is returned in its place.
     """
     path = Path(path)
+    if (path / PEFT_FILES[0]).is_file():
+        return _read_peft(path)
     if path.is_dir():
         path = newest_adapter(path)
     if path.suffix != ".safetensors":
@@ -155,28 +184,57 @@ def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
     if not path.is_file():
         raise InputError(f"--adapter {path} does not exist")
     metadata, tensors = _read_safetensors(path)
+    return _parse_header(metadata, path), tensors
+
+
+def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    config_path, tensors_path = (folder / name for name in PEFT_FILES)
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--adapter {config_path} is no JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"--adapter {config_path} is not PEFT's configuration of an adapter")
+    metadata, own_header = {}, None
+    if tensors_path.is_file():
+        metadata, tensors = _read_safetensors(tensors_path)
+    else:
+        tensors = read_tensors(folder / "adapter_model.bin")
+    if "adapter" in metadata:
+        own_header = _parse_header(metadata, tensors_path)
+    try:
+        return peft_adapter.read(config, tensors, own_header)
+    except InputError as error:
+        raise InputError(f"--adapter {folder}: {error}") from error
+
+
+def _parse_header(metadata: Mapping[str, str], path: Path) -> dict:
     try:
         header = json.loads(metadata["adapter"])
     except (KeyError, ValueError, RecursionError) as error:
         raise InputError(f"--adapter {path} has no adapter header; was it made here?") from error
     _check_header(header, path)
-    return header, tensors
+    return header
 
 
-HEADER_TYPES = {"format": int, "model_card": str, "r": int, "alpha": int | float, "base": dict}
+HEADER_TYPES = {
+    "format": int, "model_card": str, "r": int, "alpha": int | float, "base": dict, "kind": str,
+    "targets": list,
+}  # fmt: skip
 
 
 def _check_header(header: object, path: Path) -> None:
     fields = header if isinstance(header, dict) else {}
+    version = fields.get("format")
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise InputError(f"--adapter {path} has format {version}, this program reads 1")
     wrong = [key for key, kind in HEADER_TYPES.items() if not isinstance(fields.get(key), kind)]
+    wrong += ["targets"] * any(not isinstance(target, str) for target in fields.get("targets", []))
     wrong += [f"base {key}" for key in ("name", "fingerprint") if key not in fields.get("base", [])]
     if wrong:
         raise InputError(
             f"--adapter {path} has no good {wrong[0]} in its header; was it made here?"
         )
-    version = fields["format"]
-    if version != FORMAT_VERSION:
-        raise InputError(f"--adapter {path} has format {version}, this program reads 1")
 
 
 def newest_adapter(work_dir: str | Path) -> Path:
@@ -192,8 +250,16 @@ def newest_adapter(work_dir: str | Path) -> Path:
 
 
 def load_for_decoding(args: argparse.Namespace) -> tuple[GPT2LMModel, dict | None]:
-    """The model that `--init_checkpoint` and `--adapter` describe, merged, in eval mode on
-    `args.device`, and the adapter's header (None without one).
+    """As `load_with_adapter`, merged, in eval mode."""
+    model, header = load_with_adapter(args)
+    return merge(model), header
+
+
+def load_with_adapter(
+    args: argparse.Namespace, base: Mapping[str, Tensor] | None = None
+) -> tuple[GPT2LMModel, dict | None]:
+    """The model that `--init_checkpoint` and `--adapter` describe, on `args.device`, and the
+    adapter's header (None without one); `base`, if given, is what the former holds.
 
     An adapter's own header rules. Where there is none (the original's files), the rank is read off
     the tensors and `--lora_alpha` is needed.
@@ -204,45 +270,71 @@ def load_for_decoding(args: argparse.Namespace) -> tuple[GPT2LMModel, dict | Non
     """
     if not args.init_checkpoint:
         raise InputError("--init_checkpoint is missing: an adapter means nothing without its base")
-    base = read_base(args.init_checkpoint)
+    base = read_base(args.init_checkpoint) if base is None else base
     header, tensors = read_adapter(args.adapter) if args.adapter else (None, {})
     if header is None:
         settings = _settings_from_tensors({**base, **tensors}, args)
-        card = args.model_card or "gpt2.md"
     else:
-        settings, card = _settings_from_header(header, args), header["model_card"]
-        if base_fingerprint(base) != header["base"]["fingerprint"] and not args.allow_other_base:
+        settings = _settings_from_header(header, args)
+        fingerprint = header["base"]["fingerprint"]
+        if fingerprint not in (None, base_fingerprint(base)) and not args.allow_other_base:
             raise InputError(
                 f"--init_checkpoint {args.init_checkpoint} is not the base that the adapter was "
                 f"trained on ({header['base']['name']}); give that one, or --allow_other_base"
             )
+    card = (header and header["model_card"]) or args.model_card or card_of(base)
     model = GPT2LMModel(model_config(card, base, **settings))
     load_base(model, base, args.init_checkpoint)
+    if header is not None and header["model_card"] is None:
+        tensors = peft_adapter.fill_blocks(tensors, model)
     apply_trained(model, tensors, args.adapter)
-    return merge(model).to(args.device), header
+    return model.to(args.device), header
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """What `--lora_targets` names, each once and in the order of LORA_TARGETS."""
+    named = [part.strip() for part in text.split(",")]
+    names = {name for part in named for name in (ALL_TARGETS if part == "all" else (part,))}
+    unknown = sorted(names - LORA_TARGETS.keys())
+    if unknown:
+        choices = ", ".join(LORA_TARGETS)
+        raise InputError(f"--lora_targets {unknown[0]!r} is none of {choices} and all")
+    return tuple(target for target in LORA_TARGETS if target in names)
 
 
 def _settings_from_header(header: dict, args: argparse.Namespace) -> dict:
     for flag, field in (("lora_dim", "r"), ("lora_alpha", "alpha"), ("model_card", "model_card")):
         given = getattr(args, flag)
-        if given is not None and given != header[field]:
+        if None not in (given, header[field]) and given != header[field]:
             raise InputError(
                 f"--{flag} {given} contradicts the adapter, which was trained with "
                 f"{header[field]}; leave the flag out"
             )
-    return {"lora_attn_dim": header["r"], "lora_attn_alpha": header["alpha"] or 1}
+    if not header["r"]:
+        return {}
+    return {
+        "lora_attn_dim": header["r"],
+        "lora_attn_alpha": header["alpha"],
+        "lora_targets": header["targets"],
+        "lora_kind": header["kind"],
+        "use_rslora": header.get("rslora", False),
+    }
 
 
 def _settings_from_tensors(state: Mapping[str, Tensor], args: argparse.Namespace) -> dict:
-    pairs = {name: t for name, t in state.items() if name.endswith("c_attn.lora_A")}
+    pairs = {name: t for name, t in state.items() if name.endswith("c_attn.lora_B")}
     if not pairs:
         return {}
     if args.lora_alpha is None:
         raise InputError("these files do not say which alpha the adapter has; give --lora_alpha")
-    rank = next(iter(pairs.values())).size(0) // 2
+    name, b = next(iter(pairs.items()))
+    rank, rows = b.size(-1), len(state.get(name.removesuffix("B") + "A", ()))
+    targets = {1: ("c_attn",), 2: ("q", "v"), 3: ("q", "k", "v")}.get(rows // rank)
+    if targets is None:
+        raise InputError(f"tensor {name} of shape {list(b.shape)} does not go with its lora_A")
     if args.lora_dim not in (None, rank):
         raise InputError(f"--lora_dim {args.lora_dim} contradicts the adapter's rank {rank}")
-    return {"lora_attn_dim": rank, "lora_attn_alpha": args.lora_alpha}
+    return {"lora_attn_dim": rank, "lora_attn_alpha": args.lora_alpha, "lora_targets": targets}
 
 
 def apply_trained(model: GPT2LMModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 import gpu
+import loralib as lora
 from data_utils import FT_Dataset
 from errors import InputError, Parser
 from errors import run as run_program
-from model import MODEL_CARDS
+from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 from optimizer import add_optimizer_params
 from run_log import RunLog, choose_work_dir, lock
 from run_setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes
@@ -72,6 +73,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora_dim", type=int, default=4, help="rank r; 0 trains all weights (default: 4)")
     add("--lora_alpha", type=float, default=32.0, help="scaling is alpha / r (default: 32)")
     add("--lora_dropout", type=float, default=0.1, help="on the adapter's input (default: 0.1)")
+    add(
+        "--lora_targets",
+        default="q,v",
+        help=f"comma-separated: {', '.join(LORA_TARGETS)}; all is {','.join(ALL_TARGETS)}; c_attn "
+        "is q, k and v by one adapter (default: %(default)s)",
+    )
+    add("--lora_kind", choices=lora.KINDS, default="lora", help="default: %(default)s")
+    add("--use_rslora", action="store_true", help="scaling is alpha / sqrt(r)")
+    add(
+        "--train_bias",
+        choices=("none", "lora_only", "all"),
+        default="none",
+        help="biases to train too; all with --lora_dim 0 trains nothing else (default: none)",
+    )
+    add("--train_top", type=int, default=0, help="with --lora_dim 0: the last blocks alone")
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=int, default=8, help="rows per process and micro-batch")
     add("--valid_batch_size", type=int, default=4, help="no effect on the result")
@@ -120,6 +136,7 @@ def _check_args(args: argparse.Namespace) -> None:
         "train_batch_size": 1, "valid_batch_size": 1, "grad_acc": 1, "seq_len": 2, "lora_dim": 0,
         "log_interval": 1, "eval_interval": 1, "save_interval": 1, "max_bad_steps": 1, "clip": 0,
         "max_step": 1, "max_epoch": 1, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0,
+        "train_top": 0,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)
@@ -128,7 +145,7 @@ def _check_args(args: argparse.Namespace) -> None:
     for name in ("lora_dropout", "label_smooth", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be in [0, 1)")
-    for name in ("lora_alpha", "lr"):
+    for name in ("lora_alpha", "lr", "lora_plus_ratio"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be above 0 and finite")
 

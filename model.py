@@ -71,6 +71,8 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
             raise ValueError(f"target {unknown[0]} is not one of {', '.join(LORA_TARGETS)}")
+        if self.lora_kind not in lora.KINDS:
+            raise ValueError(f"kind {self.lora_kind} is not one of {', '.join(lora.KINDS)}")
         if "c_attn" in self.lora_targets and set("qkv") & set(self.lora_targets):
             raise ValueError("target c_attn is q, k and v at once; name it or them, not both")
         if "wte" in self.lora_targets and self.lora_kind != "lora":
@@ -437,6 +439,25 @@ def canonical_name(name: str) -> str:
     return f"transformer.{name}"
 
 
+def _as_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with adapters of older layouts under today's names and shapes.
+
+    The first release of the original code kept q and v apart, as `q_proj_adapter1` (A) and
+    `q_proj_adapter2` (B); B may be stored as the weight of a convolution, (out, r, 1).
+    """
+    for name in [name for name in state if name.endswith(".q_proj_adapter1.weight")]:
+        attention = name.removesuffix("q_proj_adapter1.weight")
+        for number, new in (("1", "lora_A"), ("2", "lora_B")):
+            old = [f"{attention}{part}_proj_adapter{number}.weight" for part in "qv"]
+            if missing := [key for key in old if key not in state]:
+                raise InputError(f"the adapter lacks tensor {missing[0]}")
+            state[f"{attention}c_attn.{new}"] = torch.cat([state.pop(key) for key in old])
+    for name, tensor in state.items():
+        if name.endswith(".lora_B") and tensor.dim() == 3 and tensor.size(2) == 1:
+            state[name] = tensor.squeeze(2)
+    return state
+
+
 def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A new dict with this model's names, without stored causal masks and the tied head.
 
@@ -460,4 +481,4 @@ def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for head in heads:
         if embedding is None or not torch.equal(head, embedding):
             raise InputError("tensor lm_head.weight differs from wte.weight; GPT-2's head is tied")
-    return state
+    return _as_lora(state)

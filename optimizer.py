@@ -21,6 +21,7 @@ def add_optimizer_params(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--optimizer", choices=("original", "torch", "apex"), default="original", help=HELP)
     add("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
+    add("--lora_plus_ratio", type=float, default=1, help="lr of B by lr of A (default: 1)")
     add("--weight_decay", type=float, default=0.01, help="decoupled (default: %(default)s)")
     add("--correct_bias", action="store_true", default=True, help="correct Adam's bias (default)")
     add("--no_correct_bias", dest="correct_bias", action="store_false")
@@ -106,10 +107,28 @@ def _bias_correction(step: int, group: dict) -> float:
 
 
 def create_grouped_parameters(
-    model: nn.Module, weight_decay: float, no_decay_bias: bool
+    model: nn.Module,
+    weight_decay: float,
+    no_decay_bias: bool,
+    lr: float = 1e-3,
+    lora_plus_ratio: float = 1,
 ) -> list[dict]:
-    """The trainable parameters, with `no_decay_bias` split so that biases and LayerNorm weights
-    have no decay."""
+    """The trainable parameters: with `no_decay_bias` split so that biases and LayerNorm weights
+    have no decay, with a ratio other than 1 so that every B has `lora_plus_ratio` times the rate
+    (LoRA+; Hayou et al. 2024, arXiv:2402.12354)."""
+    groups = _groups_by_decay(model, weight_decay, no_decay_bias)
+    if lora_plus_ratio == 1:
+        return groups
+    faster = {id(p) for name, p in model.named_parameters() if name.endswith("lora_B")}
+    return [
+        group | {"params": params, "lr": rate}
+        for group in groups
+        for is_b, rate in ((False, lr), (True, lr * lora_plus_ratio))
+        if (params := [p for p in group["params"] if (id(p) in faster) == is_b])
+    ]
+
+
+def _groups_by_decay(model: nn.Module, weight_decay: float, no_decay_bias: bool) -> list[dict]:
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not no_decay_bias:
         return [{"params": [p for _, p in trainable], "weight_decay": weight_decay}]
@@ -131,7 +150,7 @@ def create_adam_optimizer_from_args(
         InputError: apex is asked for and is not there, or there is no CUDA device for it.
     """
     groups = grouped_parameters or create_grouped_parameters(
-        model, args.weight_decay, args.no_decay_bias
+        model, args.weight_decay, args.no_decay_bias, args.lr, args.lora_plus_ratio
     )
     settings = {
         "lr": args.lr,

@@ -32,6 +32,12 @@ RESULT_SETTINGS = [
     "lora_dim",
     "lora_alpha",
     "lora_dropout",
+    "lora_targets",
+    "lora_kind",
+    "use_rslora",
+    "lora_plus_ratio",
+    "train_bias",
+    "train_top",
     "optimizer",
     "lr",
     "weight_decay",
@@ -82,6 +88,9 @@ def build_model(
         "lora_attn_dim": args.lora_dim,
         "lora_attn_alpha": args.lora_alpha,
         "lora_dropout": args.lora_dropout,
+        "lora_targets": checkpoint.parse_targets(args.lora_targets),
+        "lora_kind": args.lora_kind,
+        "use_rslora": args.use_rslora,
     }
     if base is None and tokenizer is not None:
         settings["vocab_size"] = tokenizer.get_vocab_size()
@@ -98,9 +107,34 @@ def build_model(
     model = GPT2LMModel(config)
     if base is not None:
         checkpoint.load_base(model, base, args.init_checkpoint)
-    if args.lora_dim:
-        lora.mark_only_lora_as_trainable(model)
+    choose_trained(args, model)
+    lora.start_from_base(model)
     return model
+
+
+def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
+    """Freeze what the arguments do not train: the base beside an adapter; all but the biases
+    (BitFit; Ben Zaken et al. 2022, arXiv:2106.10199) or but the last blocks; else nothing."""
+    if args.lora_dim or args.train_bias == "all":
+        if args.train_top:
+            raise InputError("--train_top goes with --lora_dim 0 and --train_bias none")
+        lora.mark_only_lora_as_trainable(model, args.train_bias)
+    elif args.train_bias != "none":
+        raise InputError("--train_bias lora_only with --lora_dim 0 would train nothing")
+    elif args.train_top:
+        if args.train_top > model.config.n_layer:
+            raise InputError(
+                f"--train_top {args.train_top} is more than {model.config.n_layer} blocks"
+            )
+        model.requires_grad_(False)
+        model.transformer.h[-args.train_top :].requires_grad_()
+
+
+def kind_of(args: argparse.Namespace) -> str:
+    """What is trained, as adapter headers say it."""
+    if args.lora_dim:
+        return args.lora_kind
+    return "bias" if args.train_bias == "all" else "top" if args.train_top else "full"
 
 
 def load_data(
@@ -164,12 +198,13 @@ def describe_adapter(
     }
     return {
         "format": checkpoint.FORMAT_VERSION,
-        "kind": "lora" if args.lora_dim else "full",
+        "kind": kind_of(args),
         "model_card": args.model_card,
         "r": args.lora_dim,
         "alpha": args.lora_alpha,
         "dropout": args.lora_dropout,
-        "targets": ["q", "v"] if args.lora_dim else [],
+        "rslora": args.use_rslora,
+        "targets": list(model.config.lora_targets) if args.lora_dim else [],
         "seed": args.random_seed,
         "vocabulary": vocabulary,
         "base": {

@@ -12,11 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import checkpoint
 import gpu
+import loralib as lora
 from data_utils import EpochSampler, FT_Dataset
 from errors import InputError
 from run_log import RunLog
 
 PROGRESS = ("step", "window", "best_loss", "best_step", "bad_steps", "validated_step")
+
+FORM_SETTINGS = (
+    "optimizer", "lora_dim", "lora_targets", "lora_kind", "train_bias", "train_top",
+    "no_decay_bias", "lora_plus_ratio",
+)  # fmt: skip
 
 
 class AverageMeter:
@@ -72,9 +78,14 @@ class Run:
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """The trained tensors by name, which are the saved ones."""
+        """The trained tensors by name."""
         parameters = gpu.unwrap(self.model).named_parameters()
         return {name: p for name, p in parameters if p.requires_grad}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """The saved tensors by name: the trained ones, and what an adapter's kind keeps frozen."""
+        return lora.lora_state_dict(gpu.unwrap(self.model)) | self.trained
 
     def adapter_path(self, name: int | str) -> Path:
         """`model.{name}.safetensors` in the work_dir; name is a step, or best."""
@@ -82,10 +93,10 @@ class Run:
 
 
 def write_adapter(run: Run, name: int | str) -> None:
-    """Write the trained tensors as they are after `run.step` steps; rank 0 only."""
+    """Write the adapter's tensors as they are after `run.step` steps; rank 0 only."""
     if run.args.rank == 0:
         header = run.header | {"step": run.step}
-        checkpoint.save_adapter(run.adapter_path(name), run.trained, header)
+        checkpoint.save_adapter(run.adapter_path(name), run.kept, header)
 
 
 def save(run: Run) -> None:
@@ -101,7 +112,7 @@ def save(run: Run) -> None:
             "format": checkpoint.FORMAT_VERSION,
             "header": run.header,
             "progress": {name: getattr(run, name) for name in PROGRESS},
-            "trained": {name: p.detach() for name, p in run.trained.items()},
+            "trained": {name: p.detach() for name, p in run.kept.items()},
             "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
             "scaler": run.scaler.state_dict(),
@@ -175,10 +186,10 @@ def restore(run: Run, state: dict) -> None:
 def _check_form(state: dict, args: argparse.Namespace) -> None:
     """Refuse what even `--resume_anyway` cannot do: the saved tensors are laid out for these."""
     then = state["header"]["settings"]
-    for name in ("optimizer", "lora_dim", "no_decay_bias"):
-        if then[name] != getattr(args, name):
+    for name in FORM_SETTINGS:
+        if then.get(name) != getattr(args, name):
             raise InputError(
-                f"--resume: --{name} was {then[name]} and is {getattr(args, name)}, which the "
+                f"--resume: --{name} was {then.get(name)} and is {getattr(args, name)}, which the "
                 "saved state does not fit; put it back, or start anew in another --work_dir"
             )
 

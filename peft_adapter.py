@@ -1,0 +1,154 @@
+"""PEFT's adapters of GPT-2 as adapters of this repository, and back.
+
+PEFT adapts the fused projection c_attn as a whole. Where each rank-one term of such an adapter
+reaches only one of query, key and value, it is read as adapters of these; otherwise it is kept
+whole, target `c_attn`. Both are the same function as in PEFT.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+import loralib as lora
+from errors import InputError
+from loralib.peft import Pair, common_rank_and_scaling, from_peft, padded, split_parts, to_peft
+from model import LORA_TARGETS, GPT2LMModel
+
+PARTS = "qkv"
+
+
+def read(
+    config: Mapping, tensors: Mapping[str, Tensor], own_header: dict | None = None
+) -> tuple[dict, dict[str, Tensor]]:
+    """Header and tensors, as of a file of this repository, for a PEFT adapter of GPT-2.
+
+    The header has no model card and, unless the file was exported here (`own_header`, for which
+    the tensors still must speak), no fingerprint of the base.
+
+    Raises:
+        InputError: the adapter has a setting or a tensor that GPT-2 here has no place for.
+    """
+    try:
+        pairs, biases = from_peft(config, tensors)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"this PEFT adapter cannot be read: {error}") from error
+    modules = {name: _module(name) for name in pairs}
+    own = own_header or {"targets": [], "r": 0}
+    owners = [PARTS.index(t) for t in own["targets"] if t in PARTS for _ in range(own["r"])]
+    targets, layers = _by_target(pairs, modules, owners)
+    r, scaling = common_rank_and_scaling([p for own in layers.values() for p in own.values()])
+    rslora = bool(config.get("use_rslora"))
+    header = {
+        "format": 1,
+        "kind": "dora" if config.get("use_dora") else "lora",
+        "model_card": None,
+        "r": r,
+        "alpha": scaling * (math.sqrt(r) if rslora else r),
+        "rslora": rslora,
+        "dropout": config.get("lora_dropout", 0.0),
+        "targets": targets,
+        "vocabulary": None,
+        "base": {"name": config.get("base_model_name_or_path"), "fingerprint": None},
+        "step": 0,
+    }
+    if own_header is not None and _agree(own_header, targets, r, scaling):
+        header = own_header
+    return header, _tensors(layers, targets, r, scaling) | biases
+
+
+def _agree(header: Mapping, targets: list[str], r: int, scaling: float) -> bool:
+    rank = math.sqrt(header["r"]) if header["rslora"] else header["r"]
+    same = header["targets"] == targets and header["r"] == r
+    return same and math.isclose(header["alpha"] / rank, scaling)
+
+
+def _module(name: str) -> str:
+    module = re.sub(r"^transformer\.(h\.\d+\.)?", "", name)
+    if module not in LORA_TARGETS.values():
+        raise InputError(f"this PEFT adapter adapts {name}, for which GPT-2 here has no adapter")
+    return module
+
+
+def _by_target(
+    pairs: Mapping[str, Pair], modules: Mapping[str, str], owners: list[int]
+) -> tuple[list[str], dict[str, dict[str, Pair]]]:
+    """Targets in their order, and for each layer its pairs by target."""
+    parts = {}
+    for name, pair in pairs.items():
+        if modules[name] == LORA_TARGETS["c_attn"]:
+            parts[name] = split_parts(pair, len(PARTS), owners)
+    whole = any(split is None for split in parts.values())
+    layers: dict[str, dict[str, Pair]] = {}
+    for name, pair in pairs.items():
+        if name not in parts or whole:
+            (target,) = (
+                t
+                for t, module in LORA_TARGETS.items()
+                if module == modules[name] and t not in PARTS
+            )
+            layers[name] = {target: pair}
+            continue
+        lengths = [None] * 3 if pair.magnitude is None else pair.magnitude.chunk(len(PARTS))
+        layers[name] = {
+            part: Pair(*split, pair.scaling, length)
+            for part, split, length in zip(PARTS, parts[name], lengths, strict=True)
+            if split is not None
+        }
+    present = {target for own in layers.values() for target in own}
+    return [target for target in LORA_TARGETS if target in present], layers
+
+
+def _tensors(
+    layers: Mapping[str, Mapping[str, Pair]], targets: list[str], r: int, scaling: float
+) -> dict[str, Tensor]:
+    """All pairs at one rank and one scaling; layers that PEFT left out get B = 0."""
+    tensors = {}
+    for name, own in layers.items():
+        wanted = [t for t in targets if LORA_TARGETS[t] == LORA_TARGETS[next(iter(own))]]
+        some = next(iter(own.values()))
+        empty = Pair(some.a.new_zeros(0, some.a.size(1)), some.b.new_zeros(len(some.b), 0), scaling)
+        pairs = [own.get(target, empty) for target in wanted]
+        ab = [padded(p.a, p.b * (p.scaling / scaling), r) for p in pairs]
+        tensors[f"{name}.lora_A"] = torch.cat([a for a, _ in ab])
+        tensors[f"{name}.lora_B"] = torch.cat([b for _, b in ab])
+        if some.magnitude is not None:
+            if any(pair.magnitude is None for pair in pairs):
+                raise InputError(f"this PEFT adapter cannot be read: {name} lacks magnitudes")
+            tensors[f"{name}.lora_magnitude"] = torch.cat([pair.magnitude for pair in pairs])
+    return tensors
+
+
+def fill_blocks(tensors: dict[str, Tensor], model: GPT2LMModel) -> dict[str, Tensor]:
+    """The tensors, with pairs that add nothing for blocks that a PEFT adapter leaves as they are;
+    `model` has its base loaded."""
+    lora.start_from_base(model)
+    own = lora.lora_state_dict(model)
+    left_out = {name: t for name, t in own.items() if name not in tensors}
+    if left_out:
+        layers = {name.rpartition(".")[0] for name in left_out}
+        print(f"The PEFT adapter leaves {len(layers)} layers as they are, first {min(layers)}")
+    return tensors | {
+        name: torch.zeros_like(t) if name.endswith(("lora_A", "lora_B")) else t
+        for name, t in left_out.items()
+    }
+
+
+def write(
+    model: GPT2LMModel, header: Mapping, biases: bool
+) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
+    """Configuration, tensors and file metadata of the PEFT folder for the adapter in `model`."""
+    bias = "none"
+    if biases:
+        bias = header.get("settings", {}).get("train_bias", "all")
+    config, tensors = to_peft(model, bias)
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": header["base"]["name"]}
+    own = dict(header)
+    if header["kind"] == "pissa":
+        own |= {"kind": "lora", "r": 2 * header["r"], "alpha": 2 * header["alpha"], "rslora": False}
+        layer = next(m for m in model.modules() if isinstance(m, lora.LoRALayer) and m.adapted)
+        own["alpha"] = layer.scaling * own["r"]
+    return config, tensors, {"format": "pt", "adapter": json.dumps(own, sort_keys=True)}

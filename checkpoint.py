@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import peft_adapter
+import pretrained
 from errors import InputError
 from files import replacing
 from model import (
@@ -37,12 +38,13 @@ BASE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, `.bin` or `.pt` file, or of a model folder, on the CPU.
+    """The tensors of a `.safetensors`, `.bin` or `.pt` file, of a model folder, or of a model that
+    `pretrained.find` knows by name; on the CPU.
 
     Raises:
         InputError: the file is absent, damaged, or holds anything but tensors.
     """
-    path = Path(path)
+    path = pretrained.find(path)
     if path.is_dir():
         found = [path / name for name in BASE_FILES if (path / name).is_file()]
         if not found:

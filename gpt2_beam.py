@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seq_len", type=int, help="room for context and output (default: the model's window)")
     add("--batch_size", type=int, default=16, help="contexts searched at once; no effect on texts")
     add = parser.add_argument_group("model").add_argument
-    add("--init_checkpoint", help="base weights: file or folder")
+    add("--init_checkpoint", help="base weights: file, folder or gpt2[-medium, -large, -xl]")
     add("--adapter", help="adapter file, or the work_dir of its training: the last one in there")
     add("--allow_other_base", action="store_true", help="than the adapter was trained on")
     add("--model_card", help=f"{', '.join(MODEL_CARDS)} (default: the adapter's, or gpt2.md)")

@@ -69,7 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--obj", choices=("clm", "jlm"), default="clm", help="loss on completions, or on all")
     add = parser.add_argument_group("model").add_argument
     add("--model_card", default="gpt2.md", help=f"{', '.join(MODEL_CARDS)} (default: %(default)s)")
-    add("--init_checkpoint", help="base weights: file or folder; none for random ones")
+    add(
+        "--init_checkpoint",
+        help="base weights: file, folder or gpt2[-medium, -large, -xl]; none for random ones",
+    )
     add("--lora_dim", type=int, default=4, help="rank r; 0 trains all weights (default: 4)")
     add("--lora_alpha", type=float, default=32.0, help="scaling is alpha / r (default: 32)")
     add("--lora_dropout", type=float, default=0.1, help="on the adapter's input (default: 0.1)")

@@ -1,0 +1,75 @@
+"""GPT-2's published weights by name: `gpt2-medium`, or `gpt2-medium@REVISION`.
+
+They come from the Hugging Face hub (`$HF_ENDPOINT` stands in for it) into its cache (`$HF_HOME`);
+a broken transfer is taken up again. The hub names each file by its checksum, which is verified.
+"""
+
+import contextlib
+import hashlib
+import re
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from errors import InputError
+
+FOLDER = Path(__file__).resolve().parent / "pretrained_checkpoints"
+REPOSITORIES = {
+    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+}
+FILE = "model.safetensors"
+
+
+def find(path: str | Path) -> Path:
+    """The path itself if something is there or it is no published name. Otherwise the weights of
+    that name: those in pretrained_checkpoints/, or the hub's, downloaded unless in the cache.
+
+    Raises:
+        InputError: the hub cannot be reached, or the file is not what the hub says it is.
+    """
+    name, _, revision = str(path).partition("@")
+    if Path(path).exists() or name not in REPOSITORIES:
+        return Path(path)
+    local = FOLDER / name / FILE
+    if local.is_file() and not revision:
+        return local
+    file = _download(name, revision or "main")
+    _verify(file)
+    return file
+
+
+def _download(name: str, revision: str) -> Path:
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    repository = REPOSITORIES[name]
+    cached = try_to_load_from_cache(repository, FILE, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            _reach(constants.ENDPOINT)
+        return Path(hf_hub_download(repository, FILE, revision=revision))
+    except Exception as error:  # whatever the network and its libraries raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(
+            f"{name} is not in the cache and cannot be downloaded ({reason}); put "
+            f"{constants.ENDPOINT}/{repository}/resolve/{revision}/{FILE} to {FOLDER / name / FILE}"
+        ) from error
+
+
+def _reach(address: str) -> None:
+    """Fail at once where nobody answers; the client would try again for half a minute."""
+    with contextlib.suppress(HTTPError):  # an answer too
+        urlopen(Request(address, method="HEAD"), timeout=10).close()
+
+
+def _verify(file: Path) -> None:
+    """Compare with the checksum that the cache has in the name of the file behind the link."""
+    expected = file.resolve().name
+    if not re.fullmatch("[0-9a-f]{64}", expected):
+        return
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != expected:
+        file.resolve().unlink()
+        raise InputError(f"{file} had another checksum than the hub's; it was removed, try again")

@@ -219,6 +219,8 @@ class Linear(LoRALayer, nn.Linear):
     @torch.no_grad()
     def start_from_base(self) -> None:
         """Set what the kind takes from W0: the lengths of its rows, or its singular directions."""
+        if self.base_weight.is_meta:
+            return
         if self.kind == "dora":
             self.lora_magnitude.copy_(self._row_lengths(self.base_weight, self.lora_A, self.lora_B))
         if self.kind == "pissa":

@@ -251,9 +251,11 @@ def newest_adapter(work_dir: str | Path) -> Path:
     return files[max(files)]
 
 
-def load_for_decoding(args: argparse.Namespace) -> tuple[GPT2LMModel, dict | None]:
+def load_for_decoding(
+    args: argparse.Namespace, base: Mapping[str, Tensor] | None = None
+) -> tuple[GPT2LMModel, dict | None]:
     """As `load_with_adapter`, merged, in eval mode."""
-    model, header = load_with_adapter(args)
+    model, header = load_with_adapter(args, base)
     return merge(model), header
 
 
@@ -302,6 +304,25 @@ def parse_targets(text: str) -> tuple[str, ...]:
         choices = ", ".join(LORA_TARGETS)
         raise InputError(f"--lora_targets {unknown[0]!r} is none of {choices} and all")
     return tuple(target for target in LORA_TARGETS if target in names)
+
+
+def load_adapters(
+    args: argparse.Namespace, files: Mapping[str, str | Path]
+) -> tuple[GPT2LMModel, dict[str, GPT2LMModel]]:
+    """The base of `--init_checkpoint`, and by name a model for each adapter file, all on one copy
+    of the base's weights: to call any of them is to switch adapters, to call the base is none."""
+    state = read_base(args.init_checkpoint)
+    without = argparse.Namespace(**vars(args) | {"adapter": None})
+    base = load_with_adapter(without, state)[0].eval()
+    models = {}
+    for name, path in files.items():
+        own = argparse.Namespace(**vars(args) | {"adapter": path})
+        models[name] = load_with_adapter(own, state)[0].eval()
+        theirs = dict(base.named_parameters())
+        for key, parameter in models[name].named_parameters():
+            if key in theirs and torch.equal(parameter, theirs[key]):
+                parameter.data = theirs[key].data
+    return base, models
 
 
 def _settings_from_header(header: dict, args: argparse.Namespace) -> dict:

@@ -3,6 +3,8 @@
     python gpt2_beam.py --adapter runs/001          the shipped sample with its nano base
     python gpt2_beam.py --data test.jsonl --vocab vocab --init_checkpoint gpt2-medium \\
         --adapter runs/e2e --output_file runs/e2e/predictions.jsonl
+    python gpt2_beam.py --adapter e2e=runs/e2e --adapter webnlg=runs/webnlg ...
+                                                    each row by the adapter that its `task` names
     torchrun --nproc_per_node 4 gpt2_beam.py ...    the same file, by four processes
 
 The predictions file has one object for each row of the data, in its order: id, context, prediction
@@ -57,7 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=16, help="contexts searched at once; no effect on texts")
     add = parser.add_argument_group("model").add_argument
     add("--init_checkpoint", help="base weights: file, folder or gpt2[-medium, -large, -xl]")
-    add("--adapter", help="adapter file, or the work_dir of its training: the last one in there")
+    add(
+        "--adapter",
+        action="append",
+        help="adapter file, PEFT folder, or the work_dir of a training: the last one in there. "
+        "NAME=FILE, repeated, for rows that say their `task`; null is the base",
+    )
     add("--allow_other_base", action="store_true", help="than the adapter was trained on")
     add("--model_card", help=f"{', '.join(MODEL_CARDS)} (default: the adapter's, or gpt2.md)")
     add("--lora_dim", type=int, help="default: the adapter's")
@@ -107,9 +114,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(
             f"--num_return_sequences {args.num_return_sequences} is more than --beam {args.beam}"
         )
+    args.adapters = name_adapters(args.adapter)
     folder = args.work_dir or ("" if args.output_file else "runs")
     args.output_file = str(Path(folder) / (args.output_file or "predictions.jsonl"))
     return args
+
+
+def name_adapters(given: list[str] | None) -> dict[str | None, str | None]:
+    """Task → adapter; the one task None where no names are given."""
+    if not given:
+        return {None: None}
+    if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
+        return {None: given[0]}
+    named = dict(text.split("=", 1) for text in given if "=" in text)
+    if len(named) != len(given):
+        raise InputError(
+            "--adapter is given more than once; each needs a name of its own: e2e=FILE"
+        )
+    return {None: None} | named
+
+
+def tasks_of_rows(args: argparse.Namespace) -> list[str | None]:
+    """Which adapter each row of the data asks for."""
+    rows = read_json_lines(args.data)
+    if len(args.adapters) == 1:
+        return [None] * len(rows)
+    for number, row in enumerate(rows, start=1):
+        task = row.get("task", "")
+        if not isinstance(task, str | None) or task not in args.adapters:
+            names = ", ".join(filter(None, args.adapters))
+            raise InputError(
+                f"{args.data}, line {number}: task {task!r} is none of the adapters ({names}) nor "
+                "null, which is the base alone"
+            )
+    return [row["task"] for row in rows]
 
 
 def check_vocabulary(
@@ -235,14 +273,13 @@ def describe(hypothesis: Hypothesis, tokenizer: Tokenizer | None) -> dict:
 
 def write_predictions(
     args: argparse.Namespace,
-    contexts: list[Context],
-    found: dict[Context, list[Hypothesis]],
+    found: list[list[Hypothesis]],
     tokenizer: Tokenizer | None,
 ) -> None:
     """One JSON object a row, in the order of the data, with its context as it is there."""
     with replacing(args.output_file) as file:
         for number, row in enumerate(read_json_lines(args.data)):
-            best = [describe(hypothesis, tokenizer) for hypothesis in found[contexts[number]]]
+            best = [describe(hypothesis, tokenizer) for hypothesis in found[number]]
             prediction = {"id": number, "context": row["context"]} | best[0]
             if args.num_return_sequences > 1:
                 prediction["n_best"] = best
@@ -257,22 +294,34 @@ def decode(args: argparse.Namespace) -> None:
             "shipped nano base. For your own: --data FILE --vocab FOLDER --init_checkpoint FILE"
         )
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
-    model, header = checkpoint.load_for_decoding(args)
-    if tokenizer is not None:
-        check_vocabulary(args, tokenizer, model, header)
-    settings = search_settings(args, tokenizer, model.config.vocab_size)
-    contexts = load_contexts(args, tokenizer, model)
-    if not args.bf16:
-        model.pack()
-    started = time.perf_counter()
-    found = search_contexts(args, model, contexts, settings)
-    seconds = time.perf_counter() - started
+    if not args.init_checkpoint:
+        raise InputError("--init_checkpoint is missing: an adapter means nothing without its base")
+    base = checkpoint.read_base(args.init_checkpoint)
+    tasks = tasks_of_rows(args)
+    best: list[list[Hypothesis]] = [[]] * len(tasks)
+    searches, seconds = 0, 0.0
+    for task in dict.fromkeys(tasks):
+        args.adapter = args.adapters[task]
+        model, header = checkpoint.load_for_decoding(args, base)
+        if tokenizer is not None:
+            check_vocabulary(args, tokenizer, model, header)
+        settings = search_settings(args, tokenizer, model.config.vocab_size)
+        contexts = load_contexts(args, tokenizer, model)
+        if not args.bf16:
+            model.pack()
+        rows = [number for number, own in enumerate(tasks) if own == task]
+        started = time.perf_counter()
+        found = search_contexts(args, model, [contexts[number] for number in rows], settings)
+        seconds += time.perf_counter() - started
+        searches += len(found)
+        for number in rows:
+            best[number] = found[contexts[number]]
     if args.rank == 0:
-        write_predictions(args, contexts, found, tokenizer)
-        unfinished = sum(not found[context][0].finished for context in contexts)
+        write_predictions(args, best, tokenizer)
+        unfinished = sum(not hypotheses[0].finished for hypotheses in best)
         print(
-            f"{len(contexts):,} rows, {len(found):,} distinct contexts, "
-            f"{len(found) / seconds:.2f} texts/s, {unfinished:,} unfinished at --eval_len "
+            f"{len(best):,} rows, {searches:,} distinct contexts, "
+            f"{searches / seconds:.2f} texts/s, {unfinished:,} unfinished at --eval_len "
             f"{args.eval_len}; into {args.output_file}"
         )
 

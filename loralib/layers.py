@@ -42,7 +42,7 @@ def _up(h: Tensor, b: Tensor) -> Tensor:
 
 class LoRALayer:
     """What all layers share. A layer adds: frozen(x, weight), the torch layer with this weight;
-    adapter(x), which is scaling · B(A(x)) in the adapter's dtype; delta(a, b).
+    adapter(x), which is scaling · B(A(x)) in the adapter's dtype, or adapt(h, x); delta(a, b).
 
     While merged, the instance attribute `weight` hides the parameter of that name, so parameters(),
     state_dict() and optimizers always see W0. The merged tensor serves where no gradient can be
@@ -119,7 +119,10 @@ class LoRALayer:
 
     def thin(self, x: Tensor) -> Tensor:
         """frozen(x) + scaling · B(A(dropout(x)))"""
-        h = self.frozen(x, self.base_weight)
+        return self.adapt(self.frozen(x, self.base_weight), x)
+
+    def adapt(self, h: Tensor, x: Tensor) -> Tensor:
+        """What the adapter makes of h, the frozen layer's output for x."""
         return h + self.adapter(self.lora_dropout(x)).to(h.dtype)
 
     @torch.no_grad()
@@ -258,9 +261,8 @@ class Linear(LoRALayer, nn.Linear):
         """h + scaling · B(A(x))"""
         return h + _up(self.scaling * F.linear(x.to(a.dtype), a), b).to(h.dtype)
 
-    def thin(self, x: Tensor) -> Tensor:
-        """frozen(x) + scaling · B(A(dropout(x))), and what the kind makes of it"""
-        h = self.frozen(x, self.base_weight)
+    def adapt(self, h: Tensor, x: Tensor) -> Tensor:
+        """h + scaling · B(A(dropout(x))), and what the kind makes of it"""
         if self.kind == "pissa":
             h = self.plus(h, x, self.lora_A0, -self.lora_B0)
         h = self.plus(h, self.lora_dropout(x), self.lora_A, self.lora_B)

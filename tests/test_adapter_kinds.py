@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,39 @@ def test_outputs_and_gradients_equal_pefts(settings: dict) -> None:
     assert (ours(X) - theirs(X)).abs().max() < 1e-5
     for name, tensor in own.items():
         assert torch.allclose(getattr(ours, name).grad, tensor.grad, rtol=1e-4, atol=1e-4), name
+
+
+TRAINED = [
+    {},
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"use_dora": True, "use_rslora": True},
+    {"init_lora_weights": "pissa"},
+]
+
+
+@pytest.mark.parametrize("settings", TRAINED, ids=str)
+def test_twenty_steps_of_training_end_where_pefts_do(settings: dict) -> None:
+    ours, theirs, _ = peft_linear(**settings)
+    layer = theirs.base_model.model[0]
+    with torch.no_grad():
+        for name in ("lora_A", "lora_B"):  # a singular direction may point either way
+            getattr(layer, name).default.weight.copy_(getattr(ours, name))
+    model = nn.Sequential(ours)
+    lora.mark_only_lora_as_trainable(model)
+    first = model(X).detach()
+    pairs = []
+    for trained in (model, theirs):
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        pairs.append((trained, torch.optim.AdamW(parameters, lr=0.01)))
+    for step in range(20):
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+        for trained, adam in pairs:
+            adam.zero_grad()
+            F.mse_loss(trained(x), x.sum(dim=1, keepdim=True).expand(8, 18)).backward()
+            adam.step()
+    assert (model(X) - first).abs().max() > 0.1
+    assert (model(X) - theirs(X)).abs().max() < 1e-5
 
 
 def test_pissa_starts_where_pefts_does_and_computes_the_same() -> None:
@@ -395,3 +429,67 @@ def test_a_header_with_unknown_kind_or_targets_is_refused(tiny: Tiny) -> None:
         checkpoint.save_adapter(path, tensors, json.loads(json.dumps(header | change)))
         with pytest.raises(InputError, match="kind x|target x|no good targets"):
             checkpoint.load_for_decoding(decode_arguments(tiny, adapter=path))
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+@torch.no_grad()
+def test_a_merged_layer_of_any_kind_keeps_its_base_and_follows_every_change(kind: str) -> None:
+    layer = merged_linear(kind, [True, False, True], True)
+    randomize(layer)
+    base = layer.weight.detach().clone()
+    wanted = {"lora": 2, "lora_fa": 2, "dora": 3, "pissa": 4}[kind]
+    names = [name for name, _ in layer.named_parameters() if "lora_" in name]
+    assert len(names) == wanted
+    layer.eval()
+    for name in names:  # whichever of its tensors changes, the next output is the new one
+        before = layer(X)
+        getattr(layer, name).mul_(1.5)
+        after = layer(X)
+        assert (after - before).abs().max() > 1e-3
+        thin = layer.thin(X)
+        assert (after - thin).abs().max() < 1e-5, name
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.merged and torch.equal(twin(X), layer(X))
+        assert torch.equal(twin.train().weight, base)
+    fresh = merged_linear(kind, [True, False, True], True).eval()
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(X), layer(X))
+    assert torch.equal(layer.state_dict()["weight"], base)
+    assert torch.equal(layer.train().weight, base)
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+def test_a_training_step_in_eval_mode_and_through_checkpointing_has_the_same_gradients(
+    kind: str,
+) -> None:
+    gradients = []
+    for mode in ("train", "eval", "checkpoint"):
+        layer = merged_linear(kind, [True, False, True], True).train(mode != "eval")
+        randomize(layer)
+        model = nn.Sequential(layer)
+        lora.mark_only_lora_as_trainable(model)
+        if mode == "checkpoint":
+            out = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False)
+        else:
+            out = model(X)
+        out.square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            assert gradient is not None and torch.allclose(gradient, other[name], atol=1e-5), name
+
+
+def test_an_adapter_file_with_all_biases_holds_parameters_only_and_is_small() -> None:
+    with torch.device("meta"):
+        model = GPT2LMModel(GPT2Config(**MODEL_CARDS["gpt2.md"], lora_attn_dim=4))
+    state = lora.lora_state_dict(model, bias="all")
+    assert not any(name.endswith(".attn.bias") for name in state)
+    assert sum(t.numel() * 4 for t in state.values()) < 3e6
+    buffers = {name for name, _ in model.named_buffers()}
+    assert not buffers & state.keys()
+
+
+def test_a_wide_rank_of_every_kind_warns() -> None:
+    for kind in lora.KINDS:
+        with pytest.warns(UserWarning, match="r=9 is above 8"):
+            lora.Linear(8, 8, 9, kind=kind)

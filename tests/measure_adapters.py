@@ -1,0 +1,185 @@
+"""Print the tables of docs/checkpoints.md: `python tests/measure_adapters.py`.
+
+Random adapters on the shipped nano base; the largest difference of a logit, in fp32 on the CPU,
+between this repository and PEFT or transformers.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import checkpoint  # noqa: E402
+import convert_adapter  # noqa: E402
+import loralib as lora  # noqa: E402
+from model import GPT2LMModel  # noqa: E402
+
+BASE = ROOT / "data" / "nano" / "model.safetensors"
+IDS = torch.randint(2048, (4, 60), generator=torch.Generator().manual_seed(0))
+KINDS = {
+    "LoRA, q,v": {},
+    "LoRA, all": {"lora_targets": ("q", "k", "v", "o", "fc", "proj")},
+    "LoRA, q,v,wte": {"lora_targets": ("q", "v", "wte")},
+    "LoRA, c_attn": {"lora_targets": ("c_attn",)},
+    "rsLoRA, q,v": {"use_rslora": True},
+    "DoRA, q,v": {"lora_kind": "dora"},
+    "PiSSA, q,v": {"lora_kind": "pissa"},
+    "LoRA-FA, q,v": {"lora_kind": "lora_fa"},
+}
+NATIVE = {
+    "c_attn": {},
+    "c_attn,c_proj,c_fc": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+    "c_attn, rsLoRA": {"use_rslora": True},
+    "c_attn, DoRA": {"use_dora": True},
+}
+
+
+@torch.no_grad()
+def shaken(tensors: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if "lora_" in name and not name.endswith("0"):
+            tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+
+
+def arguments(**given: object) -> argparse.Namespace:
+    defaults = {
+        "init_checkpoint": str(BASE), "adapter": None, "model_card": None, "lora_dim": None,
+        "lora_alpha": None, "allow_other_base": False, "device": torch.device("cpu"),
+    }  # fmt: skip
+    return argparse.Namespace(**defaults | given)
+
+
+@torch.no_grad()
+def our_logits(adapter: Path, **given: object) -> Tensor:
+    return checkpoint.load_for_decoding(arguments(adapter=str(adapter), **given))[0](IDS)[0]
+
+
+def hf_base(folder: Path) -> transformers.GPT2LMHeadModel:
+    return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def peft_logits(base: Path, folder: Path) -> Tensor:
+    return peft.PeftModel.from_pretrained(hf_base(base), folder).eval()(IDS).logits
+
+
+def convert(source: Path, to: str, target: Path, *more: object) -> Path:
+    argv = ["--adapter", source, "--init_checkpoint", BASE, "--to", to, "--output", target, *more]
+    convert_adapter.main([str(part) for part in argv])
+    return target
+
+
+def difference(a: Tensor, b: Tensor) -> str:
+    return f"{float((a - b).abs().max()):.1e}"
+
+
+@torch.no_grad()
+def our_adapter(folder: Path, settings: dict) -> tuple[Path, Tensor]:
+    base = checkpoint.read_base(BASE)
+    rank = {"lora_attn_dim": 4, "lora_attn_alpha": 32}
+    model = GPT2LMModel(checkpoint.model_config("gpt2.nano", base, **rank, **settings))
+    model.load_weight(base)
+    lora.start_from_base(model)
+    tensors = lora.lora_state_dict(model)
+    shaken(tensors)
+    header = convert_adapter.describe(arguments(), model, None, base)
+    header |= {"kind": model.config.lora_kind, "rslora": model.config.use_rslora}
+    path = folder / "adapter.safetensors"
+    checkpoint.save_adapter(path, tensors, header)
+    return path, model.eval()(IDS)[0]
+
+
+def exports(work: Path, base: Path) -> list[list[str]]:
+    rows = []
+    for name, settings in KINDS.items():
+        adapter, expected = our_adapter(work, settings)
+        with torch.no_grad():
+            merged = hf_base(convert(adapter, "merged", work / "merged"))(IDS).logits
+        folder = convert(adapter, "peft", work / "peft")
+        there = difference(peft_logits(base, folder), expected)
+        back = convert(folder, "safetensors", work / "back.safetensors")
+        same = "equal bytes" if back.read_bytes() == adapter.read_bytes() else "another rank"
+        row = [name, difference(our_logits(adapter), expected), there]
+        row += [f"{difference(our_logits(back), expected)}, {same}", difference(merged, expected)]
+        pt = "no place for it"
+        if adapter_fits_pt(settings):
+            file = convert(adapter, "pt", work / "a.pt")
+            pt = difference(our_logits(file, lora_alpha=32), expected)
+        rows.append([*row, pt])
+    return rows
+
+
+def adapter_fits_pt(settings: dict) -> bool:
+    return settings in ({}, {"lora_kind": "lora_fa"})
+
+
+def imports(work: Path, base: Path) -> list[list[str]]:
+    rows = []
+    for name, settings in NATIVE.items():
+        given = {"target_modules": ["c_attn"], "fan_in_fan_out": True} | settings
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, **given)
+        model = peft.get_peft_model(hf_base(base), config).eval()
+        shaken({n: p for n, p in model.named_parameters() if p.requires_grad})
+        with torch.no_grad():
+            expected = model(IDS).logits
+        model.save_pretrained(work / "native")
+        merged = convert(work / "native", "merged", work / "merged")
+        with torch.no_grad():
+            whole = difference(hf_base(merged)(IDS).logits, expected)
+        rows.append([name, difference(our_logits(work / "native"), expected), whole])
+    return rows
+
+
+def counts() -> list[list[str]]:
+    rows = []
+    for targets in ("q,v", "q,k,v", "c_attn", "o", "fc", "proj", "all", "q,v,wte"):
+        row = [targets]
+        for card in ("gpt2.sm", "gpt2.md", "gpt2.lg", "gpt2.xl"):
+            names = checkpoint.parse_targets(targets)
+            with torch.device("meta"):
+                config = checkpoint.model_config(card, None, lora_attn_dim=4, lora_targets=names)
+                model = GPT2LMModel(config)
+            row.append(f"{sum(t.numel() for t in lora.lora_state_dict(model).values()):,}")
+        rows.append(row)
+    return rows
+
+
+def show(head: list[str], rows: list[list[str]]) -> None:
+    for row in [head, ["---"] * len(head), *rows]:
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+        work = Path(name)
+        base = work / "base"  # a merged export of an adapter that adds nothing
+        adapter, _ = our_adapter(work, {})
+        header, tensors = checkpoint.read_adapter(adapter)
+        nothing = {key: torch.zeros_like(t) for key, t in tensors.items()}
+        checkpoint.save_adapter(adapter, nothing, header)
+        convert(adapter, "merged", base)
+        tables = exports(work, base), imports(work, base)
+    head = ["adapter trained here", "our file", "→ PEFT", "→ PEFT → here", "→ merged", "→ .pt"]
+    show(head, tables[0])
+    show(["adapter trained by PEFT, r 8", "→ here", "→ merged"], tables[1])
+    show(["targets, r 4", "gpt2.sm", "gpt2.md", "gpt2.lg", "gpt2.xl"], counts())
+
+
+if __name__ == "__main__":
+    main()

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_CARD, Tiny, random_base
+from conftest import TINY_CARD, Tiny, finish, random_base, start
 from test_checkpoint import decode_arguments
 from torch import Tensor
 
 import checkpoint
 import convert_adapter
+import gpt2_ft
 import loralib as lora
 from errors import InputError
 from model import GPT2Config, GPT2LMModel
@@ -280,3 +281,48 @@ def test_what_the_original_code_cannot_hold_is_refused(settings: dict, tiny: Tin
     adapter, _ = ours(tiny, **settings)
     with pytest.raises(InputError, match="--to pt.*LoRA on q and v only"):
         convert(tiny, adapter, "pt", "out.pt")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--lora_dim", 0], ["--lora_dim", 0, "--train_top", 1], ["--train_bias", "all"]],
+    ids=str,
+)
+def test_what_is_trained_beside_or_without_adapters_goes_into_the_merged_export(
+    flags: list, tiny: Tiny
+) -> None:
+    gpt2_ft.main(tiny.argv("run", *flags, "--max_step", 4))
+    expected = our_logits(tiny, tiny.folder / "run")
+    folder = convert(tiny, tiny.folder / "run", "merged", "merged")
+    with torch.no_grad():
+        model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+        assert error(model(IDS).logits, expected) < 1e-5
+        assert error(hf_base(tiny)(IDS).logits, expected) > 1e-3
+    if "--lora_dim" in flags:
+        with pytest.raises(InputError, match="--to peft: (full|top) training has no adapter"):
+            convert(tiny, tiny.folder / "run", "peft", "peft")
+    else:
+        assert (
+            error(peft_logits(tiny, convert(tiny, tiny.folder / "run", "peft", "peft")), expected)
+            < 1e-5
+        )
+
+
+def test_the_command_explains_itself_and_its_mistakes_in_one_sentence(tiny: Tiny) -> None:
+    code, out, _ = finish(start(["convert_adapter.py", "--help"]))
+    assert code == 0
+    for to in ("peft", "merged", "safetensors", "pt"):
+        assert f"--to {to} --output" in " ".join(out.split())
+    argv = ["--init_checkpoint", tiny.base, "--to", "peft", "--output", tiny.folder / "x"]
+    code, out, err = finish(start(["convert_adapter.py", "--adapter", "nowhere.pt", *argv]))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and "nowhere.pt" in err
+    assert not (tiny.folder / "x").exists()
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+def test_every_kind_trains_in_mixed_precision_and_converts(kind: str, tiny: Tiny) -> None:
+    gpt2_ft.main(tiny.argv("run", "--bf16", "--lora_kind", kind, "--max_step", 4))
+    run = tiny.folder / "run"
+    expected = our_logits(tiny, run)
+    assert error(peft_logits(tiny, convert(tiny, run, "peft", "peft")), expected) < 1e-5

@@ -221,6 +221,7 @@ def test_merged_adapters_are_the_weighted_sum_of_their_updates(
         assert (one.delta(merged["lora_A"], merged["lora_B"]) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_merged_adapters_compute_what_pefts_weighted_concatenation_does() -> None:
     peft = pytest.importorskip("peft")

@@ -29,7 +29,8 @@ from run_state import AverageMeter, Run
 
 MODULES = [
     "checkpoint", "data_utils", "errors", "files", "gpt2_beam", "gpt2_ft", "gpu", "beam_search",
-    "loralib", "model", "optimizer", "run_log", "run_setup", "run_state",
+    "loralib", "model", "optimizer", "run_log", "run_setup", "run_state", "convert_adapter",
+    "loralib.peft", "peft_adapter", "pretrained",
 ]  # fmt: skip
 
 

@@ -197,21 +197,19 @@ class Attention(nn.Module):
         self.c_attn = config.fused_linear()
         self.c_proj = config.linear("o", config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, lengths: list[int], cache: DecodeCache | None = None) -> Tensor:
-        """(N, C) to (N, C), N = Σ lengths: the sequences of a batch, one behind the other.
+    def mix(self, x: Tensor, lengths: list[int], cache: DecodeCache | None = None) -> Tensor:
+        """Values mixed by attention, (N, C) to (N, C), N = Σ lengths: the sequences of a batch, one
+        behind the other.
 
         A cache, if given, receives keys and values; the lengths must then be equal.
         """
         fused = self.c_attn(x)
         if len(set(lengths)) == 1:
-            mixed = self.attend(fused.view(len(lengths), -1, fused.size(-1)), cache).flatten(0, 1)
-        elif fused.is_cuda:  # one large kernel, though a part of it is padding
+            return self.attend(fused.view(len(lengths), -1, fused.size(-1)), cache).flatten(0, 1)
+        if fused.is_cuda:  # one large kernel, though a part of it is padding
             padded = self.attend(pad_sequence(fused.split(lengths), batch_first=True))
-            mixed = torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])
-        else:
-            parts = [self.attend(part[None]) for part in fused.split(lengths)]
-            mixed = torch.cat(parts, dim=1)[0]
-        return self.c_proj(mixed)
+            return torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])
+        return torch.cat([self.attend(part[None])[0] for part in fused.split(lengths)])
 
     def attend(self, fused: Tensor, cache: DecodeCache | None = None) -> Tensor:
         """Causal attention of each sequence to itself, (B, T, 3C) to (B, T, C)."""
@@ -252,8 +250,18 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, lengths: list[int], cache: DecodeCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), lengths, cache)
+    def forward(
+        self,
+        x: Tensor,
+        lengths: list[int],
+        cache: DecodeCache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """(N, C) to (N, C), or of the positions that `wanted`, a mask or indices, picks."""
+        mixed = self.attn.mix(self.ln_1(x), lengths, cache)
+        if wanted is not None:
+            x, mixed = x[wanted], mixed[wanted]
+        x = x + self.attn.c_proj(mixed)
         return x + self.mlp(self.ln_2(x))
 
     def step(self, x: Tensor, cache: DecodeCache, layer: int, visible: Tensor) -> Tensor:
@@ -269,27 +277,29 @@ class GPT2Model(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, input_ids: Tensor, cache: DecodeCache | None = None) -> Tensor:
-        """Hidden states (B, T, C) of right-padded `input_ids` (B, T), positions from 0."""
-        batch, tokens = input_ids.shape
-        real = torch.ones_like(input_ids, dtype=torch.bool)
-        x = self.packed(input_ids, real, [tokens] * batch, cache)
-        return self.ln_f(x).view(batch, tokens, -1)
-
-    def packed(
+    def forward(
         self,
         input_ids: Tensor,
-        real: Tensor,
-        lengths: list[int],
+        real: Tensor | None = None,
+        lengths: list[int] | None = None,
         cache: DecodeCache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Output of the last block, (N, C), for the positions that `real` (B, T) marks, row by row:
-        the first `lengths[b]` of row b. Nothing is computed for the others."""
-        positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+        """Hidden states (N, C) of the N positions that `real` (B, T) marks, row by row: the first
+        `lengths[b]` of row b, or all of them. Nothing is computed for the others.
+
+        `wanted`, a mask or indices over the N, picks those whose hidden states are returned: the
+        others leave the last block as soon as their keys and values are there.
+        """
+        batch, tokens = input_ids.shape
+        if real is None:
+            real, lengths = torch.ones_like(input_ids, dtype=torch.bool), [tokens] * batch
+        positions = torch.arange(tokens, device=input_ids.device).expand_as(input_ids)
         x = self.wte(input_ids[real]) + self.wpe(positions[real])
-        for block in self.h:
+        *blocks, last = self.h
+        for block in blocks:
             x = block(x, lengths, cache)
-        return x
+        return self.ln_f(last(x, lengths, cache, wanted))
 
     def step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
         """Hidden states (B, K, C) of one new token per beam, `input_ids` (B, K)."""
@@ -344,7 +354,7 @@ class GPT2LMModel(nn.Module):
         pass the head, which is why no logits come back.
         """
         if lm_labels is None:
-            return self.head(self.transformer(input_ids)), None
+            return self.head(self.transformer(input_ids)).view(*input_ids.shape, -1), None
         mask = torch.ones(lm_labels.shape, device=lm_labels.device) if lm_mask is None else lm_mask
         counted = mask > 0
         # What stands behind the last counted position of a row has no part in the loss. A first
@@ -352,9 +362,8 @@ class GPT2LMModel(nn.Module):
         places = torch.arange(1, mask.size(1) + 1, device=mask.device)
         ends = (counted * places).amax(dim=1).clamp(min=1)
         real = places <= ends[:, None]
-        hidden = self.transformer.packed(input_ids, real, ends.tolist())[counted[real]]
         loss = smoothed_cross_entropy(
-            self.transformer.ln_f(hidden),
+            self.transformer(input_ids, real, ends.tolist(), wanted=counted[real]),
             self.head_weight,
             lm_labels[counted],
             mask[counted],
@@ -366,9 +375,9 @@ class GPT2LMModel(nn.Module):
         """Read right-padded prompts (B, P) of true `lengths` (B,): the logits (B, V) behind each
         prompt's last token, and the cache from which `step` goes on."""
         cache = DecodeCache(lengths, input_ids.size(1))
-        hidden = self.transformer(input_ids, cache)
-        rows = torch.arange(lengths.size(0), device=lengths.device)
-        return self.head(hidden[rows, lengths - 1]), cache
+        batch, tokens = input_ids.shape
+        ends = torch.arange(batch, device=lengths.device) * tokens + lengths - 1
+        return self.head(self.transformer(input_ids, cache=cache, wanted=ends)), cache
 
     def step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
         """Logits (B, K, V) behind one new token per beam, `input_ids` (B, K)."""

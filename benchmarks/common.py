@@ -1,0 +1,166 @@
+"""What both benchmarks share: data, peers in processes of their own, statistics, the result file.
+
+A peer is `python benchmarks/NAME_peers.py PEER SETTINGS.json`. It reads one JSON request a line and
+answers each with one JSON line: `losses` or `outputs`, `seconds`, `rss` (peak, MB). Only one peer
+works at a time, in rounds, so that whatever else the machine does falls on all of them alike.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from data.convert_e2e import e2e_rows  # noqa: E402
+from data_utils import END_OF_TEXT, load_tokenizer, read_rows  # noqa: E402
+from files import write_json  # noqa: E402
+from model import MODEL_CARDS, GPT2Config, GPT2LMModel  # noqa: E402
+
+SHARED = ROOT.parent / "shared"
+NANO = ROOT / "data" / "nano"
+SIZES = {"sm": "gpt2.sm", "small": "gpt2.nano"}  # small: with the vocabulary of GPT-2
+RESULTS = ROOT / "results" / "bench"
+
+
+class Peer:
+    """A peer that has been started and waits for requests."""
+
+    def __init__(self, script: str, name: str, settings: Path, threads: int) -> None:
+        self.name = name
+        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "benchmarks" / script), name, str(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | environment | quiet,
+            encoding="utf-8",
+        )
+
+    def ask(self, request: object) -> dict:
+        """Send a request and wait for its answer."""
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.name} ended with exit code {self.process.wait()}")
+        return json.loads(answer)
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(peers: Mapping[str, Callable[[dict], Callable[[list], dict]]]) -> None:
+    """The peer's side: make the peer that the command line names, then answer until the end."""
+    name, settings = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the peer itself prints goes to stderr
+    work = peers[name](json.loads(Path(settings).read_text(encoding="utf-8")))
+    for line in sys.stdin:
+        answer = work(json.loads(line)) | {"rss": peak_rss()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def gemm(_settings: dict) -> Callable[[list], dict]:
+    """The peer that only multiplies matrices: what the machine can do now, in GFLOP/s."""
+    side = 2048
+    square = torch.rand(side, side)
+
+    def work(_request: list) -> dict:
+        seconds = []
+        for _ in range(6):
+            started = perf_counter()
+            square @ square
+            seconds.append(perf_counter() - started)
+        return {"gflops": 2e-9 * side**3 / statistics.median(seconds)}
+
+    return work
+
+
+def peak_rss() -> float:
+    """Peak resident memory of this process, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def read_samples(name: str, folder: Path) -> tuple[str, Path]:
+    """E2E's rows, or the shipped sample's where there is no ../shared: what they are, and a JSONL
+    of token ids in `folder`."""
+    if (SHARED / "data" / "e2e").is_dir():
+        source, tokenizer = "E2E", load_tokenizer(SHARED / "data" / "gpt2_vocab")
+        text = folder / f"{name}.text.jsonl"
+        rows = e2e_rows(SHARED / "data" / "e2e" / f"{name}.txt")
+        text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        source, tokenizer = "the shipped sample", load_tokenizer(NANO)
+        text = ROOT / "data" / "sample" / f"{name}.jsonl"
+    path = folder / f"{name}.jsonl"
+    rows = read_rows(text, tokenizer, tokenizer.get_vocab_size())
+    end = {tokenizer.token_to_id(END_OF_TEXT): 50256}  # the peers' models have GPT-2's
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            ids = {
+                field: [end.get(token, token) for token in getattr(row, field).tolist()]
+                for field in ("context", "completion")
+            }
+            file.write(json.dumps(ids) + "\n")
+    return source, path
+
+
+def model_shape(size: str) -> dict[str, int]:
+    """Fields of `GPT2Config` for a size; always with GPT-2's vocabulary."""
+    return MODEL_CARDS[SIZES[size]] | {"vocab_size": 50257}
+
+
+def write_random_base(size: str, path: Path) -> None:
+    """Random weights of a size, under the names that HF's files use."""
+    torch.manual_seed(0)
+    save_file(GPT2LMModel(GPT2Config(**model_shape(size))).state_dict(), path)
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """Ratio of the medians, and the smallest and largest ratio of one round."""
+    rounds = [a / b for a, b in zip(slow, fast, strict=True)]
+    middle = statistics.median(slow) / statistics.median(fast)
+    return {"median": middle, "min": min(rounds), "max": max(rounds)}
+
+
+def machine(threads: int) -> dict:
+    """What the figures depend on."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def write_result(name: str, result: dict) -> Path:
+    """Keep a result as results/bench/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    write_json(path, result)
+    return path

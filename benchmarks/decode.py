@@ -1,0 +1,182 @@
+"""Decoding speed beside transformers' generate, on the same contexts, in one run.
+
+    python benchmarks/decode.py                     gpt2.sm with random weights: all 64 steps
+    python benchmarks/decode.py --size small        4 layers, 256 wide, trained here: texts end
+
+In each round all sequences of `--search hf` must equal transformers', and before, where ../shared
+is there, those of `--search original` the original code's. The result goes to results/bench/.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import common
+import decode_peers
+import torch
+from safetensors.torch import load_file, save_file
+
+import gpt2_ft
+import gpu
+from files import read_json_lines
+from run_setup import prepare
+
+NAMES = ("ours", "ours-hf", "transformers")
+RULES = {
+    "beam": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "eval_len": 64,
+    "end_ids": [50256, 628],
+}  # fmt: skip
+# Seconds a context of the original, which takes one at a time, over those of transformers, from a
+# run of both on this kind of CPU: random gpt2.sm, and a small trained model.
+ORIGINAL_OVER_TRANSFORMERS = {
+    "sm": {"one": 50.1 / 10.3, "batch": 50.1 / 5.4},
+    "small": {"one": 7.25 / 1.11, "batch": 7.25 / 0.62},
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--size", choices=common.SIZES, default="sm", help="default: %(default)s")
+    add("--rounds", type=int, default=3, help="in which every peer has its turn (default: 3)")
+    add("--contexts", type=int, default=16, help="distinct ones a round (default: %(default)s)")
+    add("--batch", type=int, default=8, help="contexts at once (default: %(default)s)")
+    add("--beam", type=int, default=10, help="default: %(default)s")
+    add("--eval_len", type=int, default=64, help="most generated tokens (default: %(default)s)")
+    add("--train_steps", type=int, default=400, help="of the small model (default: 400)")
+    add("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    add("--name", help="of the result file (default: decode-SIZE-BATCH)")
+    return parser.parse_args(argv)
+
+
+def write_trained_base(args: argparse.Namespace, path: Path) -> None:
+    """The small model, all its weights trained for a few hundred steps."""
+    common.write_random_base(args.size, path)
+    _, rows = common.read_samples("valid", path.parent)
+    flags = {
+        "train_data": rows, "init_checkpoint": path, "model_card": common.SIZES[args.size],
+        "lora_dim": 0, "lr": 1e-3, "warmup_step": 20, "max_step": args.train_steps,
+        "device": "cpu",
+    }  # fmt: skip
+    training = gpt2_ft.parse_args([str(x) for key in flags for x in (f"--{key}", flags[key])])
+    gpu.parse_gpu(training)
+    run = prepare(training, None)
+    steps = (rows for epoch in range(1, 99) for rows in run.sampler.steps(epoch))
+    for _, rows in zip(range(args.train_steps), steps, strict=False):
+        loss, *_ = gpt2_ft.optimizer_step(run, rows)
+    print(f"the small model's last loss: {loss:.3f}")
+    save_file(run.model.state_dict(), path)
+
+
+def check_oracle(folder: Path) -> str:
+    """Compare with the original's own outputs, where they are there; how many were equal."""
+    path = common.SHARED / "oracle" / "decode.json"
+    if not path.is_file():
+        return "not there"
+    oracle, compared = json.loads(path.read_text(encoding="utf-8")), 0
+    base = load_file(path.with_name(oracle["base"]))
+    save_file({name: tensor.float() for name, tensor in base.items()}, folder / "oracle")
+    shape = {key: oracle[key] for key in ("n_layer", "n_embd", "n_head")}
+    shape |= {"vocab_size": oracle["vocab"], "n_positions": base["wpe.weight"].size(0)}
+    for decodes in oracle["sets"]:
+        rules = dict(decodes["settings"])
+        rules["end_ids"] = rules.pop("eos_token_id")
+        settings = {"shape": shape, "base": str(folder / "oracle"), "batch": 8, "rules": rules}
+        outputs = decode_peers.ours("original")(settings)(decodes["contexts"])["outputs"]
+        for ours, theirs in zip(outputs, decodes["outputs"], strict=True):
+            if ours != theirs[: len(ours)] or any(theirs[len(ours) :]):
+                sys.exit(f"a sequence of the set {decodes['name']} differs from the original's")
+        compared += len(outputs)
+    return f"{compared} of {compared} sequences equal"
+
+
+def time_peers(settings: dict, path: Path, contexts: list[list[int]]) -> dict:
+    """Seconds a context of each peer and round, sequences that differ, and peak memory."""
+    count, seconds, rss, differ, peaks = settings["contexts"], {n: [] for n in NAMES}, {}, 0, []
+    with ExitStack() as stack:
+        peers = {
+            name: stack.enter_context(
+                common.Peer("decode_peers.py", name, path, settings["threads"])
+            )
+            for name in (*NAMES, "gemm")
+        }
+        for name in NAMES:
+            peers[name].ask(contexts[:1])  # warm-up
+        for number in range(settings["rounds"]):
+            mine = contexts[number * count : (number + 1) * count]
+            peaks.append(peers["gemm"].ask([])["gflops"])
+            answers = {name: peers[name].ask(mine) for name in NAMES}
+            for name, answer in answers.items():
+                seconds[name].append(answer["seconds"] / len(mine))
+                rss[name] = answer["rss"]
+            pairs = zip(
+                answers["ours-hf"]["outputs"], answers["transformers"]["outputs"], strict=True
+            )
+            differ += sum(a != b for a, b in pairs)
+            times = ", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in NAMES)
+            print(f"round {number + 1}: {times} a context; {differ} sequences differ")
+    return {"seconds": seconds, "gflops": peaks, "rss": rss, "differ": differ}
+
+
+def compare(timing: dict, size: str, batch: int, repeats: float) -> dict:
+    """What the tables show; what is against the original is derived."""
+    seconds = timing["seconds"]
+    faster = {"transformers": common.ratios(seconds["transformers"], seconds["ours"])}
+    faster["transformers, --search hf"] = common.ratios(seconds["transformers"], seconds["ours-hf"])
+    original = ORIGINAL_OVER_TRANSFORMERS[size]["one" if batch == 1 else "batch"]
+    derived = faster["transformers"]["median"] * original
+    faster["original at batch 1, derived"] = {"median": derived}
+    faster["original, the whole file, derived"] = {"median": derived * repeats}
+    peers = {
+        name: {"seconds": common.summary(times), "rss_mb": timing["rss"][name]}
+        for name, times in seconds.items()
+    }
+    return {"gemm_gflops": common.summary(timing["gflops"]), "peers": peers, "ours_faster": faster}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Gate, timing with a gate of its own, result file."""
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        oracle = check_oracle(folder)
+        print(f"the original's outputs: {oracle}")
+        base = folder / "base.safetensors"
+        if args.size == "small":
+            write_trained_base(args, base)
+        else:
+            common.write_random_base(args.size, base)
+        source, test = common.read_samples("test", folder)
+        rows = [tuple(row["context"]) for row in read_json_lines(test)]
+        distinct = list(dict.fromkeys(rows))
+        contexts = [list(row) for row in distinct[:: max(1, len(distinct) // 97)]]
+        settings = vars(args) | {
+            "shape": common.model_shape(args.size),
+            "base": str(base),
+            "rules": RULES | {"beam": args.beam, "eval_len": args.eval_len},
+        }
+        path = folder / "settings.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        timing = time_peers(settings, path, contexts)
+    repeats = len(rows) / len(distinct)
+    result = {
+        "benchmark": "decode", "size": args.size, "rows": source, "batch": args.batch,
+        "rules": settings["rules"], "contexts": args.rounds * args.contexts,
+        "rows_per_context": repeats, "machine": common.machine(args.threads),
+        "gate": {"original": oracle, "differ_from_transformers": timing["differ"]},
+        **compare(timing, args.size, args.batch, repeats), "raw": timing,
+    }  # fmt: skip
+    for name, ratio in result["ours_faster"].items():
+        print(f"ours over {name}: {ratio['median']:.2f}")
+    print(common.write_result(args.name or f"decode-{args.size}-{args.batch}", result))
+    if timing["differ"]:
+        sys.exit(f"{timing['differ']} sequences differ from transformers'")
+
+
+if __name__ == "__main__":
+    main()

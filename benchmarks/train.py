@@ -1,0 +1,178 @@
+"""Training speed beside transformers + peft and the original, on the same samples, in one run.
+
+    python benchmarks/train.py                   gpt2.sm;  --size small: 4 layers, 256 wide
+    LORA_ORIGINAL=LoRA/examples/NLG/src python benchmarks/train.py      the original code too
+
+First, without dropout, the losses of all peers must agree step by step; then they are timed with
+dropout 0.1. The result goes to results/bench/, from where benchmarks/tables.py makes the tables.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import common
+import torch
+from safetensors.torch import save_file
+
+from data_utils import EpochSampler, FT_Dataset
+
+TOLERANCE = 1e-5
+# Seconds of the original over the better peft, from an earlier run of all peers on such a CPU.
+ORIGINAL_OVER_PEFT = 10.2
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--size", choices=common.SIZES, default="sm", help="default: %(default)s")
+    add("--rounds", type=int, default=7, help="in which every peer has its turn (default: 7)")
+    add("--steps", type=int, default=2, help="per peer and round (default: %(default)s)")
+    add("--gate_steps", type=int, default=50, help="whose losses are compared (default: 50)")
+    add("--batch", type=int, default=8, help="rows a step (default: %(default)s)")
+    add("--rank", type=int, default=4, help="default: %(default)s")
+    add("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    add("--name", help="of the result file (default: train-SIZE)")
+    return parser.parse_args(argv)
+
+
+def write_adapter(shape: dict[str, int], rank: int, path: Path) -> None:
+    """The adapter that all peers start from; B away from zero, so that A has gradients too."""
+    torch.manual_seed(1)
+    width, tensors = shape["n_embd"], {}
+    for i in range(shape["n_layer"]):
+        name = f"transformer.h.{i}.attn.c_attn.lora_"
+        tensors[name + "A"] = torch.randn(2 * rank, width) / width**0.5
+        tensors[name + "B"] = 0.01 * torch.randn(2 * width, rank)
+    save_file(tensors, path)
+
+
+def needed_flop(shape: dict[str, int], data: FT_Dataset, rows: list[int]) -> float:
+    """Of the matrix products that a step cannot do without: forward and gradient by the input, real
+    tokens only, counted ones only behind the last attention, nothing before the first adapter."""
+    items = [data[row] for row in rows]
+    counted = sum(int(item["mask"].sum()) for item in items)
+    real = sum(int(item["mask"].nonzero()[0][-1]) + 1 for item in items)
+    width, layers = shape["n_embd"], shape["n_layer"]
+    attention, behind = 3 * width**2, 9 * width**2
+    weights = real * (layers * attention + (layers - 1) * behind)
+    weights += counted * (behind + width * shape["vocab_size"])
+    return 2 * (2 * weights - real * attention)
+
+
+def check_losses(peers: list[str], settings: dict, folder: Path, batches: list) -> dict[str, float]:
+    """Largest difference of each peer's losses from ours, without dropout; ends the run above
+    `TOLERANCE`."""
+    path = folder / "gate.json"
+    path.write_text(json.dumps(settings | {"dropout": 0.0}), encoding="utf-8")
+    losses = {}
+    for name in peers:
+        with common.Peer("train_peers.py", name, path, settings["threads"]) as peer:
+            losses[name] = peer.ask(batches)["losses"]
+    errors = {
+        name: max(abs(a - b) for a, b in zip(losses["ours"], losses[name], strict=True))
+        for name in peers[1:]
+    }
+    print(f"largest difference of {len(batches)} losses from ours: {errors}")
+    # The original divides by Σ mask + 1e-4, which alone is a difference of a few 1e-6.
+    if max(errors.values()) > TOLERANCE:
+        sys.exit("the losses differ: what follows would compare different things")
+    return errors
+
+
+def time_peers(names: list[str], settings: dict, folder: Path, batches: list) -> dict:
+    """Seconds of each step of each peer, GFLOP/s of each round, and peak memory."""
+    path = folder / "timing.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    seconds, peaks, rss = {name: [] for name in names}, [], {}
+    rounds, steps = settings["rounds"], settings["steps"]
+    with ExitStack() as stack:
+        peers = {
+            name: stack.enter_context(
+                common.Peer("train_peers.py", name, path, settings["threads"])
+            )
+            for name in (*names, "gemm")
+        }
+        for name in names:
+            peers[name].ask(batches[:2])  # warm-up
+        for number in range(rounds):
+            mine = batches[number * steps : (number + 1) * steps]
+            peaks.append(peers["gemm"].ask([])["gflops"])
+            for name in names:
+                answer = peers[name].ask(mine)
+                seconds[name] += answer["seconds"]
+                rss[name] = answer["rss"]
+            print(f"round {number + 1}: " + ", ".join(f"{n} {seconds[n][-1]:.2f} s" for n in names))
+    return {"seconds": seconds, "gflops": peaks, "rss": rss}
+
+
+def compare(timing: dict, flop: list[float], tokens: list[int], batch: int) -> dict:
+    """What the tables show: per peer its figures, and ours against each."""
+    seconds, peak = timing["seconds"], max(timing["gflops"])
+    peers = {
+        name: {
+            "seconds": common.summary(times),
+            "samples_per_second": batch / statistics.median(times),
+            "tokens_per_second": sum(tokens) / sum(times),
+            "percent_of_gemm_peak": 100e-9 * sum(flop) / sum(times) / peak,
+            "rss_mb": timing["rss"][name],
+        }
+        for name, times in seconds.items()
+    }
+    faster = {
+        name: common.ratios(times, seconds["ours"])
+        for name, times in seconds.items()
+        if name != "ours"
+    }
+    best = min(faster[name]["median"] for name in ("peft-sdpa", "peft-eager"))
+    if "original" not in faster:
+        faster["original, derived"] = {"median": best * ORIGINAL_OVER_PEFT}
+    return {"gemm_gflops": common.summary(timing["gflops"]), "peers": peers, "ours_faster": faster}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Gate, timing, result file."""
+    args = parse_args(argv)
+    names = ["ours", "peft-sdpa", "peft-eager", "peft-select"]
+    if os.environ.get("LORA_ORIGINAL"):
+        names.append("original")
+    shape = common.model_shape(args.size)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        source, data_path = common.read_samples("valid", folder)
+        common.write_random_base(args.size, folder / "base.safetensors")
+        write_adapter(shape, args.rank, folder / "adapter.safetensors")
+        settings = vars(args) | {
+            "data": str(data_path), "base": str(folder / "base.safetensors"), "alpha": 32,
+            "adapter": str(folder / "adapter.safetensors"), "card": common.SIZES[args.size],
+            "shape": shape, "dropout": 0.1, "lr": 2e-4,
+        }  # fmt: skip
+        data = FT_Dataset(data_path, args.batch, 512)
+        sampler = EpochSampler(len(data), args.batch, seed=110)
+        batches = [rows for epoch in range(1, 9) for (rows,) in sampler.steps(epoch)]
+        timed = batches[: args.rounds * args.steps]
+        gate = {
+            "tolerance": TOLERANCE,
+            "steps": args.gate_steps,
+            "errors": check_losses(names, settings, folder, batches[: args.gate_steps]),
+        }
+        timing = time_peers(names, settings, folder, timed)
+    flop = [needed_flop(shape, data, rows) for rows in timed]
+    tokens = [int(sum(data.lengths[row] for row in rows)) for rows in timed]
+    result = {
+        "benchmark": "train", "size": args.size, "rows": source, "batch": args.batch,
+        "rank": args.rank, "steps": len(timed), "machine": common.machine(args.threads),
+        "gate": gate, **compare(timing, flop, tokens, args.batch), "raw": timing,
+    }  # fmt: skip
+    for name, ratio in result["ours_faster"].items():
+        print(f"ours over {name}: {ratio['median']:.2f}")
+    print(common.write_result(args.name or f"train-{args.size}", result))
+
+
+if __name__ == "__main__":
+    main()

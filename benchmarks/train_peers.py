@@ -1,0 +1,189 @@
+"""The peers of benchmarks/train.py: each takes steps on given rows and says losses and seconds.
+
+All train the same adapter on the same base: q and v of c_attn, rank r each.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from time import perf_counter
+
+import common
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import checkpoint
+import gpt2_ft
+import gpu
+from data_utils import FT_Dataset
+from run_setup import prepare
+
+Work = Callable[[list[list[int]]], dict]
+PADDED = 512  # the original's sequences
+
+
+def timed(step: Callable[[list[int]], float]) -> Work:
+    """A peer that takes one step on each list of row numbers."""
+
+    def work(batches: list[list[int]]) -> dict:
+        losses, seconds = [], []
+        for rows in batches:
+            started = perf_counter()
+            losses.append(step(rows))
+            seconds.append(perf_counter() - started)
+        return {"losses": losses, "seconds": seconds}
+
+    return work
+
+
+def ours(settings: dict) -> Work:
+    """This repository's own training step, with its data, clipping test and schedule."""
+    flags = {
+        "train_data": settings["data"],
+        "init_checkpoint": settings["base"],
+        "model_card": settings["card"],
+        "lora_dim": settings["rank"],
+        "lora_alpha": settings["alpha"],
+        "lora_dropout": settings["dropout"],
+        "train_batch_size": settings["batch"],
+        "lr": settings["lr"],
+        "optimizer": "torch",
+        "scheduler": "constant",
+        "warmup_step": 0,
+        "max_step": 10**6,
+        "device": "cpu",
+    }
+    args = gpt2_ft.parse_args([str(part) for key in flags for part in (f"--{key}", flags[key])])
+    gpu.parse_gpu(args)
+    run = prepare(args, None)
+    checkpoint.apply_trained(run.model, load_file(settings["adapter"]), "adapter")
+    return timed(lambda rows: gpt2_ft.optimizer_step(run, [rows])[0])
+
+
+def peft(attention: str, select: bool = False) -> Callable[[dict], Work]:
+    """transformers + peft, each batch padded to its longest row. The loss as their users write it,
+    with the label -100 where nothing counts; or of selected logits, which is faster."""
+
+    def make(settings: dict) -> Work:
+        import transformers
+        from peft import LoraConfig, get_peft_model
+
+        rank, shape = settings["rank"], settings["shape"]
+        base = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                **shape,
+                resid_pdrop=0,
+                embd_pdrop=0,
+                attn_pdrop=0,
+                use_cache=False,
+                attn_implementation=attention,
+            )
+        )
+        base.load_state_dict(load_file(settings["base"]), strict=False)
+        config = LoraConfig(
+            r=2 * rank,
+            lora_alpha=2 * settings["alpha"],
+            lora_dropout=settings["dropout"],
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
+        )
+        model = get_peft_model(base, config).train()
+        copy_adapter(model, settings)
+
+        def loss(ids: Tensor, labels: Tensor, mask: Tensor, real: Tensor) -> Tensor:
+            counted = mask > 0
+            logits = model(input_ids=ids, attention_mask=real).logits
+            if select:
+                return F.cross_entropy(logits[counted], labels[counted], label_smoothing=0.1)
+            targets = labels.where(counted, -100)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
+
+        return timed(plain_step(settings, model, loss))
+
+    return make
+
+
+def copy_adapter(model: nn.Module, settings: dict) -> None:
+    """Make peft's adapter of c_attn the one of q and v: rank 2r, A stacked, B in two blocks, whose
+    surroundings stay zero because their gradient is."""
+    rank, width = settings["rank"], settings["shape"]["n_embd"]
+    block = torch.zeros(3 * width, 2 * rank)
+    block[:width, :rank] = block[2 * width :, rank:] = 1
+    start = load_file(settings["adapter"])
+    for i, layer in enumerate(model.base_model.model.transformer.h):
+        name = f"transformer.h.{i}.attn.c_attn.lora_"
+        a, b = (
+            layer.attn.c_attn.lora_A["default"].weight,
+            layer.attn.c_attn.lora_B["default"].weight,
+        )
+        with torch.no_grad():
+            a.copy_(start[name + "A"])
+            b.zero_()
+            b[:width, :rank], b[2 * width :, rank:] = start[name + "B"].split(width)
+        b.register_hook(lambda gradient: gradient * block)
+
+
+def original(settings: dict) -> Work:
+    """The original's model, padded to 512; `LORA_ORIGINAL` names its folder examples/NLG/src."""
+    sys.path = [path for path in sys.path if path not in (str(common.ROOT), "")]
+    for name in [key for key in sys.modules if key == "model" or key.startswith("loralib")]:
+        del sys.modules[name]
+    sys.path.insert(0, os.environ["LORA_ORIGINAL"])
+    theirs, lora = importlib.import_module("model"), importlib.import_module("loralib")
+    shape = {key: value for key, value in settings["shape"].items() if key != "vocab_size"}
+    config = theirs.GPT2Config(
+        **shape,
+        lora_attn_dim=settings["rank"],
+        lora_attn_alpha=settings["alpha"],
+        lora_dropout=settings["dropout"],
+    )
+    model = theirs.GPT2LMModel(config)
+    model.load_state_dict(
+        load_file(settings["base"]) | load_file(settings["adapter"]), strict=False
+    )
+    model.set_tied()
+    lora.mark_only_lora_as_trainable(model)
+
+    def loss(ids: Tensor, labels: Tensor, mask: Tensor, _real: Tensor) -> Tensor:
+        room = (0, PADDED - ids.size(1))
+        ids, labels, mask = (F.pad(tensor, room) for tensor in (ids, labels, mask))
+        return model(ids, lm_labels=labels, lm_mask=mask, label_smooth=0.1)[1]
+
+    return timed(plain_step(settings, model.train(), loss))
+
+
+def plain_step(
+    settings: dict, model: nn.Module, loss_of: Callable[..., Tensor]
+) -> Callable[[list[int]], float]:
+    """A step as a user writes it."""
+    data = FT_Dataset(settings["data"], settings["batch"], PADDED)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings["lr"], eps=1e-6, weight_decay=0.01)
+
+    def step(rows: list[int]) -> float:
+        batch = data.batch(rows)
+        ends = torch.tensor([data.lengths[row] for row in rows])
+        real = (torch.arange(batch["input"].size(1)) < ends[:, None]).long()
+        loss = loss_of(batch["input"], batch["target"], batch["mask"], real)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+if __name__ == "__main__":
+    common.serve(
+        {
+            "ours": ours,
+            "peft-sdpa": peft("sdpa"),
+            "peft-eager": peft("eager"),
+            "peft-select": peft("sdpa", select=True),
+            "original": original,
+            "gemm": common.gemm,
+        }
+    )

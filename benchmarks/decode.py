@@ -59,8 +59,8 @@ def write_trained_base(args: argparse.Namespace, path: Path) -> None:
     _, rows = common.read_samples("valid", path.parent)
     flags = {
         "train_data": rows, "init_checkpoint": path, "model_card": common.SIZES[args.size],
-        "lora_dim": 0, "lr": 1e-3, "warmup_step": 20, "max_step": args.train_steps,
-        "device": "cpu",
+        "lora_dim": 0, "lr": 1e-3, "warmup_step": min(20, args.train_steps - 1),
+        "max_step": args.train_steps, "device": "cpu",
     }  # fmt: skip
     training = gpt2_ft.parse_args([str(x) for key in flags for x in (f"--{key}", flags[key])])
     gpu.parse_gpu(training)

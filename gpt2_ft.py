@@ -29,11 +29,12 @@ from model import MODEL_CARDS
 from optimizer import add_optimizer_params
 from run_log import RunLog, choose_work_dir, lock
 from run_setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes
-from run_state import AverageMeter, Run, find_state, save, write_adapter
+from run_state import AverageMeter, Run, check_equal_states, find_state, save, write_adapter
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"
 SAMPLE_PATHS = ("train_data", "valid_data", "init_checkpoint", "vocab")
+ONE_SIGNAL_SECONDS = 1.0
 DROPPED_FLAGS = [
     "--roll_interval",
     "--roll_lr",
@@ -298,7 +299,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     gpu.parse_gpu(args)
     try:
-        fine_tune(args)
+        with gpu.naming_lost_ranks(args, "--resume auto goes on from the last save"):
+            fine_tune(args)
     finally:
         gpu.cleanup(args)
 
@@ -312,8 +314,11 @@ def fine_tune(args: argparse.Namespace) -> None:
             "--vocab FOLDER --model_card gpt2.md --init_checkpoint FILE"
         )
     args.work_dir = gpu.distributed_gather(args, args.work_dir or choose_work_dir(args.resume))[0]
-    state = find_state(args)
     with lock(args.work_dir) if args.rank == 0 else nullcontext():
+        # Not before the lock: until then a run that is ending may still write its state.
+        gpu.distributed_sync(args)
+        state = find_state(args)
+        check_equal_states(args, state)
         run = prepare(args, state)
         if args.rank == 0:
             print_args(args)
@@ -330,12 +335,19 @@ def fine_tune(args: argparse.Namespace) -> None:
 
 
 def stop_on_signals(run: Run) -> None:
-    """On SIGTERM or SIGINT finish the step, save and exit 143 or 130; on a second one exit now."""
+    """On SIGTERM or SIGINT finish the step, save and exit 143 or 130; on a second one exit now.
+
+    A shell, a scheduler and torchrun may each pass the same signal on: those that come within
+    `ONE_SIGNAL_SECONDS` count as one.
+    """
+    first = 0.0
 
     def handle(number: int, frame: object) -> None:
-        if run.signal:
+        nonlocal first
+        if not run.signal:
+            run.signal, first = number, time.monotonic()
+        elif time.monotonic() - first > ONE_SIGNAL_SECONDS:
             os._exit(128 + number)
-        run.signal = number
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)

@@ -133,6 +133,16 @@ def find_state(args: argparse.Namespace) -> dict | None:
     return checkpoint.read_training_state(path) if args.resume and path.is_file() else None
 
 
+def check_equal_states(args: argparse.Namespace, state: dict | None) -> None:
+    """Refuse to go on where the ranks found different states, or some none."""
+    steps = gpu.distributed_gather(args, state["progress"]["step"] if state else 0)
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"--work_dir {args.work_dir} holds a state of step {steps[0]} for rank 0 and of step "
+            f"{steps[args.rank]} for rank {args.rank}; it must be a folder that all machines share"
+        )
+
+
 def check_settings(state: dict, header: dict) -> None:
     """Refuse to go on with a run under settings, data or a base that would change its result."""
     then, now = _flat(state["header"]), _flat(header)

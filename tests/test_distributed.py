@@ -151,8 +151,11 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
 def test_the_device_is_the_local_rank_on_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes of two GPUs each: global rank 2 is GPU 0 of the second."""
     chosen = fake_cuda(monkeypatch, 2)
+    monkeypatch.setattr(gpu, "_stores", [])
     joined = []
     monkeypatch.setattr(gpu.dist, "init_process_group", lambda *a, **k: joined.append(a[0]))
+    monkeypatch.setattr(gpu, "_open_store", lambda timeout: gpu.dist.HashStore())
+    monkeypatch.setattr(gpu, "_agree_on_name", lambda args, store: "start")
     devices = []
     for rank in range(4):
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank % 2), ("WORLD_SIZE", 4)):

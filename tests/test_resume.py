@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -181,8 +182,12 @@ def test_a_second_signal_ends_the_process_at_once(
 
     def signalled(*arguments: object) -> tuple:
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # as a shell and a launcher both pass it on
+        time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second signal did not end the process")
+
+    monkeypatch.setattr(gpt2_ft, "ONE_SIGNAL_SECONDS", 0.01)
 
     monkeypatch.setattr(os, "_exit", exit_now)
     monkeypatch.setattr(gpt2_ft, "optimizer_step", signalled)
@@ -298,12 +303,21 @@ def test_resume_by_path_goes_on_there_or_in_an_empty_folder_and_in_no_other_run(
         assert adapters(tiny.folder / name)["model.12.safetensors"] == last
 
 
-def test_two_runs_do_not_share_a_work_dir(tiny: Tiny) -> None:
+def test_two_runs_do_not_share_a_work_dir(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_log, "LOCK_SECONDS", 0.1)
     folder = tiny.folder / "run"
     with run_log.lock(str(folder)), pytest.raises(InputError, match="in use by another run"):
         gpt2_ft.main(tiny.argv("run"))
     assert adapters(folder) == {}
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+
+
+def test_a_run_waits_for_a_process_that_is_still_ending(tiny: Tiny) -> None:
+    ending = run_log.lock(str(tiny.folder / "run"))
+    ending.__enter__()
+    threading.Timer(0.3, ending.__exit__, (None, None, None)).start()
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    assert adapters(tiny.folder / "run").keys() >= {"model.3.safetensors"}
 
 
 def test_best_on_validation_and_last_are_both_kept_and_named(

@@ -34,6 +34,11 @@ def add_gpu_params(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     group.add_argument("--fp16", action="store_true", help="float16 autocast with loss scaling")
     group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only algorithms that give the same bits each time, slower on a GPU",
+    )
     group.add_argument("--random_seed", type=int, default=110, help="default: %(default)s")
     group.add_argument(
         "--dist_timeout",
@@ -64,6 +69,8 @@ def parse_gpu(args: argparse.Namespace) -> None:
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
     args.device = _choose_device(args.device, args.local_rank)
     _check_precision(args)
+    if args.deterministic:
+        _be_deterministic()
     if "WORLD_SIZE" in os.environ:
         _join_group(args)
 
@@ -172,6 +179,14 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _be_deterministic() -> None:
+    """Operations that have no deterministic form raise from now on. A CPU needs none of this."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def _check_precision(args: argparse.Namespace) -> None:

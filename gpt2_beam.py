@@ -331,7 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     gpu.parse_gpu(args)
     try:
-        decode(args)
+        with gpu.naming_lost_ranks(args, "start it again"):
+            decode(args)
     finally:
         gpu.cleanup(args)
 

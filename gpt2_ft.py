@@ -30,11 +30,12 @@ from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 from optimizer import add_optimizer_params
 from run_log import RunLog, choose_work_dir, lock
 from run_setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes
-from run_state import AverageMeter, Run, find_state, save, write_adapter
+from run_state import AverageMeter, Run, check_equal_states, find_state, save, write_adapter
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"
 SAMPLE_PATHS = ("train_data", "valid_data", "init_checkpoint", "vocab")
+ONE_SIGNAL_SECONDS = 1.0
 DROPPED_FLAGS = [
     "--roll_interval",
     "--roll_lr",
@@ -105,6 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log_interval", type=int, default=100, help="in steps (default: %(default)s)")
     add("--eval_interval", type=int, default=2000, help="in steps, and after each epoch")
     add("--save_interval", type=int, default=500, help="in steps, and after each epoch")
+    add("--save_minutes", type=float, default=0, help="save after so many minutes, too; 0 for not")
+    add("--keep_last", type=int, default=0, help="numbered adapters to keep; 0 for all (default)")
+    add("--patience", type=int, default=0, help="stop after so many validations without a better")
     add("--resume", help="auto, or a work_dir: go on from its last save")
     add("--resume_anyway", action="store_true", help="though settings that matter have changed")
     for flag in DROPPED_FLAGS:
@@ -137,14 +141,16 @@ def _check_args(args: argparse.Namespace) -> None:
         )
     least = {
         "train_batch_size": 1, "valid_batch_size": 1, "grad_acc": 1, "seq_len": 2, "lora_dim": 0,
-        "log_interval": 1, "eval_interval": 1, "save_interval": 1, "max_bad_steps": 1, "clip": 0,
-        "max_step": 1, "max_epoch": 1, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0,
-        "train_top": 0,
+        "log_interval": 1, "eval_interval": 1, "save_interval": 1, "save_minutes": 0,
+        "keep_last": 0, "patience": 0, "max_bad_steps": 1, "max_step": 1, "max_epoch": 1,
+        "clip": 0, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0, "train_top": 0,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < 2**63:
             raise InputError(f"--{name} {value} must be at least {bound} and below 2**63")
+    if args.patience and not args.valid_data:
+        raise InputError("--patience counts validations; give --valid_data, or leave it out")
     for name in ("lora_dropout", "label_smooth", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be in [0, 1)")
@@ -159,7 +165,7 @@ def train_validate(run: Run, epoch: int) -> None:
     done = run.window - (epoch - 1) * run.sampler.steps_per_epoch
     started, tokens = time.perf_counter(), 0
     for rows in run.sampler.steps(epoch, start=done):
-        if run.stopping or run.step == args.max_step:
+        if run.stopping or run.finished:
             break
         loss, counted, norm = optimizer_step(run, rows)
         run.window += 1
@@ -176,11 +182,11 @@ def train_validate(run: Run, epoch: int) -> None:
         if run.step % args.log_interval == 0:
             _log_training(run, epoch, norm, tokens, time.perf_counter() - started)
             started, tokens = time.perf_counter(), 0
-        if run.step == args.max_step or run.window % run.sampler.steps_per_epoch == 0:
+        if run.finished or run.window % run.sampler.steps_per_epoch == 0:
             break
         if run.step % args.eval_interval == 0:
             validate(run, epoch)
-        if run.step % args.save_interval == 0:
+        if run.step % args.save_interval == 0 or run.save_due:
             save(run)
     # A step is always saved behind its validation, so that no resumed run repeats one.
     if not run.stopping:
@@ -204,8 +210,10 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
     # The last window of an epoch may have no row for a rank, which then goes through the motions.
     batches = [run.train.batch(micro) for micro in rows or [[0]]]
     counts = [float(batch["mask"].sum()) if rows else 0.0 for batch in batches]
-    total, signals = gpu.distributed_sum(args, [sum(counts), run.signal])
-    run.stopping = signals > 0
+    # What ranks must agree on travels with the count: a signal to any, the clock of the first.
+    late = args.rank == 0 and 0 < 60 * args.save_minutes < time.monotonic() - run.saved_at
+    total, signals, due = gpu.distributed_sum(args, [sum(counts), run.signal, late])
+    run.stopping, run.save_due = signals > 0, due > 0
     losses = []
     for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
         batch = gpu.to_device(args, batch)
@@ -277,6 +285,7 @@ def validate(run: Run, epoch: int) -> None:
     run.validated_step = run.step
     loss, perplexity = evaluate(run.model, run.valid, run.args)
     better = loss < run.best_loss
+    run.no_better = 0 if better else run.no_better + 1
     if better:
         run.best_loss, run.best_step = loss, run.step
         write_adapter(run, "best")
@@ -318,7 +327,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     gpu.parse_gpu(args)
     try:
-        fine_tune(args)
+        with gpu.naming_lost_ranks(args, "--resume auto goes on from the last save"):
+            fine_tune(args)
     finally:
         gpu.cleanup(args)
 
@@ -332,8 +342,11 @@ def fine_tune(args: argparse.Namespace) -> None:
             "--vocab FOLDER --model_card gpt2.md --init_checkpoint FILE"
         )
     args.work_dir = gpu.distributed_gather(args, args.work_dir or choose_work_dir(args.resume))[0]
-    state = find_state(args)
     with lock(args.work_dir) if args.rank == 0 else nullcontext():
+        # Not before the lock: until then a run that is ending may still write its state.
+        gpu.distributed_sync(args)
+        state = find_state(args)
+        check_equal_states(args, state)
         run = prepare(args, state)
         if args.rank == 0:
             print_args(args)
@@ -342,20 +355,32 @@ def fine_tune(args: argparse.Namespace) -> None:
         with closing(RunLog(args, run.step, run.validated_step)) as run.log:
             for epoch in itertools.count(run.epoch):
                 train_validate(run, epoch)
-                if run.step == args.max_step or epoch == args.max_epoch:
+                if run.finished or epoch == args.max_epoch:
                     break
     if args.rank == 0:
+        if run.out_of_patience:
+            print(
+                f"Stopped early behind step {run.step}: {run.no_better} validations without a "
+                f"better one than step {run.best_step} (--patience {args.patience})"
+            )
         best = f"; best on validation: {run.adapter_path('best')}" if run.valid else ""
         print(f"Done. Last adapter: {run.adapter_path(run.step)}{best}")
 
 
 def stop_on_signals(run: Run) -> None:
-    """On SIGTERM or SIGINT finish the step, save and exit 143 or 130; on a second one exit now."""
+    """On SIGTERM or SIGINT finish the step, save and exit 143 or 130; on a second one exit now.
+
+    A shell, a scheduler and torchrun may each pass the same signal on: those that come within
+    `ONE_SIGNAL_SECONDS` count as one.
+    """
+    first = 0.0
 
     def handle(number: int, frame: object) -> None:
-        if run.signal:
+        nonlocal first
+        if not run.signal:
+            run.signal, first = number, time.monotonic()
+        elif time.monotonic() - first > ONE_SIGNAL_SECONDS:
             os._exit(128 + number)
-        run.signal = number
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)

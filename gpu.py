@@ -8,7 +8,10 @@ import ctypes
 import os
 import random
 import resource
-from contextlib import AbstractContextManager, nullcontext
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import numpy as np
@@ -21,6 +24,8 @@ from errors import InputError
 
 OTHER_PLATFORMS = ("azure", "philly", "k8s")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+ANSWER_SECONDS = 2.0
+_stores: list[dist.Store] = []  # the key-value store of the process group, while there is one
 
 
 def add_gpu_params(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +36,11 @@ def add_gpu_params(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     group.add_argument("--fp16", action="store_true", help="float16 autocast with loss scaling")
     group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only algorithms that give the same bits each time, slower on a GPU",
+    )
     group.add_argument("--random_seed", type=int, default=110, help="default: %(default)s")
     group.add_argument(
         "--dist_timeout",
@@ -63,9 +73,100 @@ def parse_gpu(args: argparse.Namespace) -> None:
     _check_precision(args)
     if args.device.type == "cpu":
         reuse_freed_memory()
+    if args.deterministic:
+        _be_deterministic()
     if "WORLD_SIZE" in os.environ:
-        backend = "nccl" if args.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
+        _join_group(args)
+
+
+def _join_group(args: argparse.Namespace) -> None:
+    timeout = timedelta(seconds=args.dist_timeout)
+    place = {"rank": args.rank, "world_size": args.world_size}
+    backend = "nccl" if args.device.type == "cuda" else "gloo"
+    try:
+        store = _open_store(timeout)
+        # torchrun keeps one store over all restarts, the addresses of dead processes in it.
+        store = dist.PrefixStore(_agree_on_name(args, store), store)
+        dist.init_process_group(backend, store=store, timeout=timeout, **place)
+    except RuntimeError as error:
+        raise SystemExit(
+            f"error: rank {args.rank} could not join the {args.world_size} processes within "
+            f"--dist_timeout {args.dist_timeout:g} seconds: {str(error).splitlines()[0]}"
+        ) from error
+    _stores[:] = [store]
+
+
+def _open_store(timeout: timedelta) -> dist.Store:
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return store
+
+
+def _agree_on_name(args: argparse.Namespace, store: dist.Store) -> str:
+    """A name for this start of the group that all its ranks know and no earlier start had.
+
+    Every rank leaves a word of its own; rank 0 answers each word with its own, until all ranks
+    have said that they got it. What earlier starts left in the store is answered too, to no end.
+    Counts of restarts would not do: they differ between the agents of several machines.
+    """
+    mine = uuid.uuid4().hex
+    if args.rank:
+        store.set(f"word {args.rank}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.set(f"{name} reached {args.rank}", "")
+        return name
+    absent, deadline = set(range(1, args.world_size)), time.monotonic() + args.dist_timeout
+    while absent:
+        for rank in sorted(absent):
+            if store.check([f"word {rank}"]):
+                store.set(f"answer to {store.get(f'word {rank}').decode()}", mine)
+            if store.check([f"{mine} reached {rank}"]):
+                absent.remove(rank)
+        if time.monotonic() > deadline:
+            raise SystemExit(
+                f"error: {_ranks(absent)} did not start within --dist_timeout "
+                f"{args.dist_timeout:g} seconds"
+            )
+        time.sleep(0.01)
+    return mine
+
+
+def _ranks(ranks: set[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))}"
+
+
+@contextmanager
+def naming_lost_ranks(args: argparse.Namespace, advice: str) -> Iterator[None]:
+    """Where another rank dies or hangs in the block, end with one sentence that names it and gives
+    `advice`. A rank that dies is noticed at once on gloo, one that hangs after `--dist_timeout`.
+
+    Raises:
+        SystemExit: with the sentence; exit code 1.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        of_group = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not (_stores and of_group):
+            raise
+        absent = _absent_ranks(args, _stores[0])
+        who = f"{_ranks(absent)} ended or hangs" if absent else "a connection broke"
+        raise SystemExit(
+            f"error: rank {args.rank} cannot go on: {who} (ranks wait {args.dist_timeout:g} "
+            f"seconds for each other, --dist_timeout); {advice}"
+        ) from error
+
+
+def _absent_ranks(args: argparse.Namespace, store: dist.Store) -> set[int]:
+    """The ranks that do not say within `ANSWER_SECONDS` that they lost the others, too."""
+    absent, deadline = set(range(args.world_size)), time.monotonic() + ANSWER_SECONDS
+    try:
+        store.set(f"{args.rank} is alone", "")
+        while absent and time.monotonic() < deadline:
+            absent -= {rank for rank in absent if store.check([f"{rank} is alone"])}
+            time.sleep(0.02)
+    except RuntimeError:  # the store went with the process that held it
+        return {0}
+    return absent
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -82,6 +183,14 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _be_deterministic() -> None:
+    """Operations that have no deterministic form raise from now on. A CPU needs none of this."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def _check_precision(args: argparse.Namespace) -> None:
@@ -160,6 +269,7 @@ def cleanup(args: argparse.Namespace) -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    _stores.clear()
 
 
 def to_device(args: argparse.Namespace, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from errors import InputError
 from files import replacing, write_json
 
 ROOT = Path(__file__).resolve().parent
+LOCK_SECONDS = 5.0
 
 
 def choose_work_dir(resume: str | None) -> str:
@@ -34,6 +36,8 @@ def choose_work_dir(resume: str | None) -> str:
 def lock(work_dir: str) -> Iterator[None]:
     """Keep other runs out of `work_dir` until the block or this process ends, however it ends.
 
+    A process that was killed may take a moment to end: it is waited for `LOCK_SECONDS`.
+
     Raises:
         InputError: another run is in there, or the folder cannot be made.
     """
@@ -43,15 +47,26 @@ def lock(work_dir: str) -> Iterator[None]:
         handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise InputError(f"--work_dir {work_dir} cannot be used: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise InputError(f"--work_dir {work_dir} is in use by another run; give another") from error
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not _locked(handle, work_dir):
+        if time.monotonic() > deadline:
+            os.close(handle)
+            raise InputError(f"--work_dir {work_dir} is in use by another run; give another")
+        time.sleep(0.05)
     try:
         yield
     finally:
         os.close(handle)
+
+
+def _locked(handle: int, work_dir: str) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise InputError(f"--work_dir {work_dir} cannot be locked: {error.strerror}") from error
+    return True
 
 
 def describe_run(args: argparse.Namespace) -> dict:

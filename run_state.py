@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from data_utils import EpochSampler, FT_Dataset
 from errors import InputError
 from run_log import RunLog
 
-PROGRESS = ("step", "window", "best_loss", "best_step", "bad_steps", "validated_step")
+PROGRESS = ("step", "window", "best_loss", "best_step", "no_better", "bad_steps", "validated_step")
 
 FORM_SETTINGS = (
     "optimizer", "lora_dim", "lora_targets", "lora_kind", "train_bias", "train_top",
@@ -46,8 +48,9 @@ class Run:
     """All that a training run consists of.
 
     `step` counts updates, `window` the global batches taken from the data: more, where a step had
-    to be skipped. `saved` holds `step` and `validated_step` of the last save, `signal` what this
-    process was sent, `stopping` what all ranks agreed on.
+    to be skipped. `no_better` counts validations since the best one. `saved` holds `step` and
+    `validated_step` of the last save, `signal` what this process was sent, `stopping` and
+    `save_due` what all ranks agreed on.
     """
 
     args: argparse.Namespace
@@ -64,8 +67,11 @@ class Run:
     window: int = 0
     best_loss: float = math.inf
     best_step: int = 0
+    no_better: int = 0
     validated_step: int = -1
     saved: tuple[int, int] = (-1, -1)
+    saved_at: float = field(default_factory=time.monotonic)
+    save_due: bool = False
     bad_steps: int = 0
     signal: int = 0
     stopping: bool = False
@@ -75,6 +81,15 @@ class Run:
     def epoch(self) -> int:
         """The epoch that the last window was part of, from 1 up."""
         return max(1, math.ceil(self.window / self.sampler.steps_per_epoch))
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether `--patience` is given and as many validations in a row were no better."""
+        return 0 < self.args.patience <= self.no_better
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.args.max_step or self.out_of_patience
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -103,7 +118,7 @@ def save(run: Run) -> None:
     """Write the adapter of this step, then the state from which the run can go on."""
     if run.saved == (run.step, run.validated_step):
         return
-    run.saved = run.step, run.validated_step
+    run.saved, run.saved_at = (run.step, run.validated_step), time.monotonic()
     mine = {"generators": gpu.generator_states(), "meter": vars(run.average)}
     ranks = gpu.distributed_gather(run.args, mine)
     write_adapter(run, run.step)
@@ -119,6 +134,19 @@ def save(run: Run) -> None:
             "ranks": ranks,
         }
         checkpoint.save_training_state(state_path(run.args.work_dir), state)
+        _drop_old(run)
+
+
+def _drop_old(run: Run) -> None:
+    """Delete numbered adapters but the `--keep_last` newest up to this step."""
+    if not run.args.keep_last:
+        return
+    names = [path.name for path in Path(run.args.work_dir).glob("model.*.safetensors")]
+    numbered = [re.fullmatch(r"model\.(\d+)\.safetensors", name) for name in names]
+    steps = sorted(int(match[1]) for match in numbered if match)
+    done = [step for step in steps if step <= run.step]
+    for step in done[: -run.args.keep_last]:
+        run.adapter_path(step).unlink(missing_ok=True)
 
 
 def state_path(work_dir: str | Path) -> Path:
@@ -142,6 +170,16 @@ def find_state(args: argparse.Namespace) -> dict | None:
             "or another --work_dir to start anew"
         )
     return checkpoint.read_training_state(path) if args.resume and path.is_file() else None
+
+
+def check_equal_states(args: argparse.Namespace, state: dict | None) -> None:
+    """Refuse to go on where the ranks found different states, or some none."""
+    steps = gpu.distributed_gather(args, state["progress"]["step"] if state else 0)
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"--work_dir {args.work_dir} holds a state of step {steps[0]} for rank 0 and of step "
+            f"{steps[args.rank]} for rank {args.rank}; it must be a folder that all machines share"
+        )
 
 
 def check_settings(state: dict, header: dict) -> None:

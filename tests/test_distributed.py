@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import types
 from pathlib import Path
 
@@ -151,8 +152,11 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
 def test_the_device_is_the_local_rank_on_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes of two GPUs each: global rank 2 is GPU 0 of the second."""
     chosen = fake_cuda(monkeypatch, 2)
+    monkeypatch.setattr(gpu, "_stores", [])
     joined = []
     monkeypatch.setattr(gpu.dist, "init_process_group", lambda *a, **k: joined.append(a[0]))
+    monkeypatch.setattr(gpu, "_open_store", lambda timeout: gpu.dist.HashStore())
+    monkeypatch.setattr(gpu, "_agree_on_name", lambda args, store: "start")
     devices = []
     for rank in range(4):
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank % 2), ("WORLD_SIZE", 4)):
@@ -170,6 +174,25 @@ def test_the_device_is_the_local_rank_on_every_node(monkeypatch: pytest.MonkeyPa
     )
     gpu.distributed_opt(args, types.SimpleNamespace())
     assert wrapped == [[1]]
+
+
+def test_deterministic_lets_no_operation_run_that_gives_other_bits_each_time(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        gpt2_ft.main(tiny.argv("run", "--deterministic"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    gpt2_ft.main(tiny.argv("plain"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    one, other = (tiny.folder / name / "model.12.safetensors" for name in ("run", "plain"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

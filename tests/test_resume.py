@@ -1,8 +1,10 @@
 """A run that is stopped, or killed, goes on to the bytes of one that never was."""
 
 import json
+import math
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -181,8 +183,12 @@ def test_a_second_signal_ends_the_process_at_once(
 
     def signalled(*arguments: object) -> tuple:
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # as a shell and a launcher both pass it on
+        time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second signal did not end the process")
+
+    monkeypatch.setattr(gpt2_ft, "ONE_SIGNAL_SECONDS", 0.01)
 
     monkeypatch.setattr(os, "_exit", exit_now)
     monkeypatch.setattr(gpt2_ft, "optimizer_step", signalled)
@@ -298,12 +304,21 @@ def test_resume_by_path_goes_on_there_or_in_an_empty_folder_and_in_no_other_run(
         assert adapters(tiny.folder / name)["model.12.safetensors"] == last
 
 
-def test_two_runs_do_not_share_a_work_dir(tiny: Tiny) -> None:
+def test_two_runs_do_not_share_a_work_dir(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_log, "LOCK_SECONDS", 0.1)
     folder = tiny.folder / "run"
     with run_log.lock(str(folder)), pytest.raises(InputError, match="in use by another run"):
         gpt2_ft.main(tiny.argv("run"))
     assert adapters(folder) == {}
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+
+
+def test_a_run_waits_for_a_process_that_is_still_ending(tiny: Tiny) -> None:
+    ending = run_log.lock(str(tiny.folder / "run"))
+    ending.__enter__()
+    threading.Timer(0.3, ending.__exit__, (None, None, None)).start()
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    assert adapters(tiny.folder / "run").keys() >= {"model.3.safetensors"}
 
 
 def test_best_on_validation_and_last_are_both_kept_and_named(
@@ -317,6 +332,96 @@ def test_best_on_validation_and_last_are_both_kept_and_named(
     assert header["step"] == min(losses, key=losses.get)
     *_, last_line = capsys.readouterr().out.splitlines()
     assert "model.12.safetensors" in last_line and "model.best.safetensors" in last_line
+
+
+def numbered(folder: Path) -> list[int]:
+    names = [name.split(".")[1] for name in adapters(folder)]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def test_the_last_adapters_and_the_best_are_kept_and_still_resume_to_the_same_bytes(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2_ft.main(tiny.argv("whole"))
+    assert numbered(tiny.folder / "whole") == [3, 6, 9, 12]
+    gpt2_ft.main(tiny.argv("two", "--keep_last", 2))
+    assert numbered(tiny.folder / "two") == [9, 12]
+    argv = tiny.argv("one", "--keep_last", 1, "--resume", "auto")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_call(patch, "optimizer_step", 8)
+        gpt2_ft.main(argv)
+    assert numbered(tiny.folder / "one") == [6]
+    gpt2_ft.main(argv)
+    whole = adapters(tiny.folder / "whole")
+    kept = {name: whole[name] for name in ("model.12.safetensors", "model.best.safetensors")}
+    assert adapters(tiny.folder / "one") == kept
+
+
+def validation_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Let the validations of this process give these losses, one after the other."""
+    following = iter(losses)
+    monkeypatch.setattr(gpt2_ft, "evaluate", lambda *_: (next(following), 1.0))
+
+
+@pytest.mark.parametrize(
+    "losses, last", [([5, 4, 4, 4.5], 8), ([5, 5, 4, 4, 4], 10), ([math.nan, math.nan], 4)]
+)
+def test_a_run_without_a_better_validation_stops_early_and_says_so(
+    losses: list[float], last: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: object
+) -> None:
+    validation_losses(monkeypatch, losses)
+    gpt2_ft.main(tiny.argv("run", "--patience", 2, "--eval_interval", 2))
+    assert numbered(tiny.folder / "run")[-1] == last
+    assert f"Stopped early behind step {last}: 2 validations" in capsys.readouterr().out
+
+
+def test_patience_goes_on_behind_a_stop_and_ends_for_good(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = tiny.argv("run", "--patience", 2, "--eval_interval", 2, "--resume", "auto")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        validation_losses(patch, [4, 5])
+        die_in_call(patch, "optimizer_step", 6)
+        gpt2_ft.main([*argv, "--save_interval", "1"])
+    with monkeypatch.context() as patch:
+        validation_losses(patch, [6])
+        gpt2_ft.main(argv)
+    assert numbered(tiny.folder / "run")[-1] == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt2_ft, "optimizer_step", None)
+        gpt2_ft.main(argv)  # nothing left to do
+    gpt2_ft.main([*argv, "--patience", "0"])
+    gpt2_ft.main(tiny.argv("whole"))
+    last = "model.12.safetensors"
+    assert adapters(tiny.folder / "run")[last] == adapters(tiny.folder / "whole")[last]
+
+
+def test_patience_without_validation_data_is_refused(tiny: Tiny) -> None:
+    argv = tiny.argv("run", "--patience", 2)
+    del argv[argv.index("--valid_data") : argv.index("--valid_data") + 2]
+    with pytest.raises(InputError, match="--patience.*--valid_data"):
+        gpt2_ft.main(argv)
+
+
+def test_a_run_is_saved_after_so_many_minutes_and_ends_the_same(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare = ["--save_interval", 99, "--max_epoch", 1, "--max_step", 6]
+    gpt2_ft.main(tiny.argv("whole", *rare))
+    assert numbered(tiny.folder / "whole") == [6]
+    real, now = gpt2_ft.optimizer_step, [time.monotonic()]
+
+    def slow(*arguments: object) -> tuple:
+        now[0] += 30.0
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now[0])
+        patch.setattr(gpt2_ft, "optimizer_step", slow)
+        gpt2_ft.main(tiny.argv("timed", *rare, "--save_minutes", 0.9))
+    assert numbered(tiny.folder / "timed") == [2, 4, 6]
+    last = "model.6.safetensors"
+    assert adapters(tiny.folder / "timed")[last] == adapters(tiny.folder / "whole")[last]
 
 
 def test_without_work_dir_the_first_free_folder_is_taken(

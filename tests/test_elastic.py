@@ -1,0 +1,185 @@
+"""Workers that die or hang: torchrun starts all anew and the adapter comes out the same; the others
+never wait longer than stated, and name who is missing."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from conftest import ROOT, Tiny, _write_tiny, finish, start
+
+import gpt2_ft
+import gpu
+from errors import InputError
+from run_state import check_equal_states
+
+FORK = multiprocessing.get_context("fork")
+DYING = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, ROOT)
+import gpt2_ft
+
+real = gpt2_ft.optimizer_step
+died = Path(OUT)
+
+def step(run, rows):
+    if run.step == 7 and run.args.rank == 1 and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run, rows)
+
+gpt2_ft.optimizer_step = step
+gpt2_ft.main()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def agents(count: int, script: str | Path, argv: list[str]) -> list:
+    """As many torchrun agents as asked for, with two processes between them."""
+    place = ["--nnodes", count, "--nproc_per_node", 2 // count, "--max-restarts", 3]
+    if count == 1:
+        place.append("--standalone")
+    else:
+        place += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+        place += ["--rdzv-id", "run", "--local-addr", "127.0.0.1"]
+    command = ["-m", "torch.distributed.run", *place, script, *argv, "--resume", "auto"]
+    return [start(command) for _ in range(count)]
+
+
+def last_adapter(folder: Path) -> bytes:
+    return (folder / "model.12.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, bytes]:
+    """A tiny run, and the adapter that two processes end with when nothing happens to them."""
+    nano = _write_tiny(tmp_path_factory.mktemp("elastic"), "gpt2.nano")
+    port, argv = free_port(), nano.argv("whole", "--max_epoch", 4)
+    ranks = [FORK.Process(target=_train, args=(rank, port, argv)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return nano, last_adapter(nano.folder / "whole")
+
+
+def _train(rank: int, port: int, argv: list[str]) -> None:
+    _become_rank(rank, 2, port)
+    gpt2_ft.main(argv)
+
+
+def _become_rank(rank: int, world_size: int, port: int) -> None:
+    """Set what a launcher would; forked processes need none, and start at once."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in where.items()})
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_worker_killed_by_9_is_started_anew_and_the_adapter_is_the_same(
+    machines: int, undisturbed: tuple[Tiny, bytes]
+) -> None:
+    """Between two saves, under one launcher and under two that know of each other by a port."""
+    nano, expected = undisturbed
+    script, died = (nano.folder / f"{name}{machines}" for name in ("dying.py", "died"))
+    script.write_text(f"ROOT, OUT = {str(ROOT)!r}, {str(died)!r}\n{DYING}", encoding="utf-8")
+    argv = nano.argv(f"on{machines}", "--max_epoch", 4)
+    done = [finish(process) for process in agents(machines, script, argv)]
+    assert [code for code, _, _ in done] == [0] * machines, done
+    told = "".join(out + err for _, out, err in done)
+    assert died.exists()
+    assert "error: rank 0 cannot go on: rank 1 ended or hangs" in told
+    assert "Going on behind step 6" in told
+    assert told.count("Going on behind") == 1, "it took more than one restart"
+    assert last_adapter(nano.folder / f"on{machines}") == expected
+
+
+def _rank(rank: int, port: int, lost: int, how: str, folder: Path) -> None:
+    """Sum with the others until the lost rank ends or sleeps."""
+    _become_rank(rank, 3, port)
+    sys.stderr = (folder / f"{rank}.txt").open("w", encoding="utf-8")
+    parser = gpu.argparse.ArgumentParser()
+    gpu.add_gpu_params(parser)
+    args = parser.parse_args(["--device", "cpu", "--dist_timeout", "3"])
+    if how == "never starts" and rank == lost:
+        return
+    gpu.parse_gpu(args)
+    with gpu.naming_lost_ranks(args, "try again"):
+        for i in range(10**6):
+            if i == 5 and rank == lost:
+                os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+            gpu.distributed_sum(args, [1.0])
+
+
+@pytest.mark.parametrize(
+    "lost, how, seconds", [(1, "dies", 3), (0, "dies", 3), (2, "hangs", 9), (2, "never starts", 9)]
+)
+def test_a_rank_that_is_lost_is_named_in_a_sentence_within_the_stated_time(
+    lost: int, how: str, seconds: float, tmp_path: Path
+) -> None:
+    port, started = free_port(), time.monotonic()
+    ranks = [
+        FORK.Process(target=_rank, args=(rank, port, lost, how, tmp_path)) for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    others = [rank for rank in range(3) if rank != lost]
+    for rank in others:
+        ranks[rank].join(30)
+    took = time.monotonic() - started
+    ranks[lost].kill()
+    told = {rank: (tmp_path / f"{rank}.txt").read_text(encoding="utf-8") for rank in others}
+    assert [ranks[rank].exitcode for rank in others] == [1, 1], told
+    assert took < seconds + 2
+    for rank, text in told.items():
+        if how == "never starts":
+            assert f"error: rank {rank} could not join the 3 processes within" in text
+            assert text.count("\n") == 1
+            continue
+        assert text == (
+            f"error: rank {rank} cannot go on: rank {lost} ended or hangs (ranks wait 3 seconds "
+            "for each other, --dist_timeout); try again\n"
+        )
+
+
+def test_each_start_of_the_group_has_a_name_of_its_own_in_one_store() -> None:
+    store, names = dist.HashStore(), []
+    for _ in range(3):
+        ranks = [gpu.argparse.Namespace(rank=r, world_size=3, dist_timeout=9) for r in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            (name,) = set(pool.map(lambda args: gpu._agree_on_name(args, store), ranks))
+        names.append(name)
+    assert len(set(names)) == 3
+    alone = gpu.argparse.Namespace(rank=0, world_size=3, dist_timeout=0.1)
+    with pytest.raises(SystemExit, match="error: ranks 1, 2 did not start within"):
+        gpu._agree_on_name(alone, store)
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "_stores", [dist.HashStore()])
+    with pytest.raises(RuntimeError, match="shape"), gpu.naming_lost_ranks(None, "no"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_ranks_that_find_different_states_are_told_to_share_the_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "distributed_gather", lambda args, value: [6, value])
+    args = gpu.argparse.Namespace(work_dir="runs/x", rank=1)
+    with pytest.raises(InputError, match="step 6 for rank 0 and of step 0 for rank 1.*share"):
+        check_equal_states(args, None)

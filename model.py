@@ -29,6 +29,13 @@ MODEL_CARDS: dict[str, dict[str, int]] = {
         "n_positions": 512,
         "vocab_size": 2048,
     },
+    "gpt2.mini": {
+        "n_layer": 5,
+        "n_head": 4,
+        "n_embd": 256,
+        "n_positions": 512,
+        "vocab_size": 4096,
+    },
     "gpt2.sm": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2.md": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2.lg": {"n_layer": 36, "n_head": 20, "n_embd": 1280},

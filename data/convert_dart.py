@@ -12,7 +12,7 @@ from errors import InputError, run
 
 
 def dart_rows(path: str) -> Iterator[Row]:
-    """Rows {"context", "completion"}, one for each annotation, in order.
+    """Rows {"context", "completion", "source"}, one for each annotation, in order.
 
     An entry without a text gives no row; an empty text is kept, as in the published rows.
     """
@@ -26,11 +26,15 @@ def dart_rows(path: str) -> Iterator[Row]:
                 for subject, relation, thing in entry["tripleset"]
             )
             for annotation in entry["annotations"]:
-                yield {"context": context, "completion": annotation["text"]}
+                yield {
+                    "context": context,
+                    "completion": annotation["text"],
+                    "source": annotation["source"],
+                }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path}, entry {number}: expected tripleset of [subject, relation, object] and "
-                f"annotations with text ({error!r})"
+                f"annotations of text and source ({error!r})"
             ) from error
 
 

@@ -1,7 +1,7 @@
-"""The nano vocabulary: `python data/train_bpe.py [TEXT.jsonl] [--out data/nano]`.
+"""A vocabulary: `python data/train_bpe.py [TEXT.jsonl] [--out data/nano] [--entries 2048]`.
 
-A byte-level BPE of 2,048 entries in the files of GPT-2's vocabulary (vocab.json, merges.txt),
-trained on the base domains' text. `<|endoftext|>` has the last id, as in GPT-2. Deterministic.
+A byte-level BPE of so many entries in the files of GPT-2's vocabulary (vocab.json, merges.txt),
+trained on the text of a base. `<|endoftext|>` has the last id, as in GPT-2. Deterministic.
 """
 
 import argparse
@@ -56,10 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", nargs="?", default=ROOT / "runs/nano/text/train.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "data/nano")
+    parser.add_argument("--entries", type=int, default=ENTRIES)
     args = parser.parse_args()
     texts = (f"{row['context']} {row['completion']}" for row in read_json_lines(args.text))
-    write_vocabulary(args.out, *train_bpe(texts))
-    print(f"{args.out}: vocab.json, merges.txt, {ENTRIES:,} entries")
+    write_vocabulary(args.out, *train_bpe(texts, args.entries))
+    print(f"{args.out}: vocab.json, merges.txt, {args.entries:,} entries")
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ def test_dart_lowers_relations_alone_and_keeps_empty_texts(tmp_path: Path) -> No
     raw.write_text(json.dumps([entry, {**entry, "annotations": []}]), encoding="utf-8")
     context = "Mars Hill : joined : 1973 | [TABLECONTEXT] : [title] : Schools"
     assert list(dart_rows(raw)) == [
-        {"context": context, "completion": ""},
-        {"context": context, "completion": "It joined.\t"},
+        {"context": context, "completion": "", "source": "x"},
+        {"context": context, "completion": "It joined.\t", "source": "y"},
     ]
 
 

@@ -1,0 +1,225 @@
+"""The experiment on E2E: what is trained, rank and scaling, size of the data; three seeds each.
+
+    python scripts/sweep.py [kinds] [ranks] [data] --workers 2 --threads 1
+
+Each run adapts the mini base (`python data/make_base.py mini`) to E2E by 1,000 steps of batch 8,
+decodes the 630 test inputs and scores them; its JSON goes to results/e2e-mini/, its files to
+runs/sweep/. What is done is skipped, what was stopped goes on. `--dry_run` lists both.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import newest_adapter, read_adapter  # noqa: E402
+from errors import InputError, run  # noqa: E402
+from files import replacing, write_json  # noqa: E402
+
+RESULTS, RUNS = ROOT / "results" / "e2e-mini", ROOT / "runs" / "sweep"
+SEEDS = (1, 2, 3)
+ALL_ROWS = 42_061
+VALID_ROWS = 400
+# Flags of each kind, and its learning rate: the best of some by the validation loss of 200 steps
+# with seed 0 (LoRA 2.65 at 1e-2 and 2.76 at 5e-3, which all ranks and kinds of LoRA bear).
+KINDS: dict[str, tuple[list[str], float]] = {
+    "lora": ([], 5e-3),
+    "rslora": (["--use_rslora"], 5e-3),
+    "lora_plus": (["--lora_plus_ratio=16"], 2e-3),
+    "dora": (["--lora_kind=dora"], 5e-3),
+    "pissa": (["--lora_kind=pissa"], 5e-3),
+    "lora_fa": (["--lora_kind=lora_fa"], 5e-3),
+    "full": (["--lora_dim=0"], 2e-3),
+    "top2": (["--lora_dim=0", "--train_top=2"], 2e-3),
+    "bitfit": (["--lora_dim=0", "--train_bias=all"], 2e-2),
+}
+BASE = {
+    "model_card": "gpt2.mini",
+    "init_checkpoint": "runs/mini/model.safetensors",
+    "vocab": "runs/mini",
+}
+TRAINING = {
+    "seq_len": 256, "warmup_step": 100, "eval_interval": 250, "save_interval": 250, "keep_last": 1,
+    "log_interval": 50, "valid_batch_size": 16, "resume": "auto",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run: what is trained, with which rank, seed, number of training rows."""
+
+    kind: str = "lora"
+    rank: int = 4
+    seed: int = 1
+    rows: int = ALL_ROWS
+
+    @property
+    def name(self) -> str:
+        rank = f"-r{self.rank}" if "--lora_dim=0" not in KINDS[self.kind][0] else ""
+        rows = f"-{self.rows}rows" if self.rows != ALL_ROWS else ""
+        return f"{self.kind}{rank}{rows}-seed{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+
+def settings_of(group: str) -> Iterator[Setting]:
+    """The runs of a group, all of the first seed before those of the next."""
+    for seed in SEEDS:
+        if group == "kinds":
+            yield from (Setting(kind, seed=seed) for kind in KINDS)
+        if group == "ranks":
+            for rank in (1, 4, 16, 64):
+                yield from (Setting(kind, rank, seed) for kind in ("lora", "rslora"))
+        if group == "data":
+            yield from (Setting(seed=seed, rows=rows) for rows in (100, 500, 4000, ALL_ROWS))
+
+
+def write_splits() -> None:
+    """Training rows in one order for all runs, of which each takes the first so many, and the
+    first validation rows."""
+    if not (ROOT / "datasets" / "e2e" / "train.jsonl").is_file():
+        subprocess.run(["bash", "scripts/create_datasets.sh", "e2e"], cwd=ROOT, check=True)
+    source = ROOT / "datasets" / "e2e"
+    rows = (source / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    random.Random(0).shuffle(rows)
+    for count in (100, 500, 4000, ALL_ROWS):
+        write_lines(RUNS / f"train.{count}.jsonl", rows[:count])
+    valid = (source / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    write_lines(RUNS / "valid.jsonl", valid[:VALID_ROWS])
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.writelines(lines)
+
+
+def flags(**values: object) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def perform(setting: Setting, args: argparse.Namespace) -> None:
+    """Train, decode, score, and write the run's result.
+
+    Raises:
+        subprocess.CalledProcessError: one of the three failed; its words are in log.txt.
+    """
+    folder, kind = RUNS / setting.name, KINDS[setting.kind]
+    folder.mkdir(parents=True, exist_ok=True)
+    test, predictions = ROOT / "datasets" / "e2e" / "test.jsonl", folder / "predictions.jsonl"
+    own = flags(lora_dim=setting.rank) if "--lora_dim=0" not in kind[0] else []
+    data = flags(train_data=RUNS / f"train.{setting.rows}.jsonl", valid_data=RUNS / "valid.jsonl")
+    commands = {
+        "training": [
+            "gpt2_ft.py", *flags(**BASE, **TRAINING), *data, *own, *kind[0],
+            *flags(lr=kind[1], max_step=args.steps, random_seed=setting.seed, work_dir=folder),
+        ],
+        "decoding": [
+            "gpt2_beam.py", *flags(data=test, adapter=folder, output_file=predictions),
+            *flags(init_checkpoint=BASE["init_checkpoint"], vocab=BASE["vocab"]),
+        ],
+        "scoring": [
+            "eval/evaluate.py", "--task=e2e",
+            *flags(data=test, predictions=predictions, json=folder / "scores.json"),
+        ],
+    }  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    seconds = {}
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        for name, command in commands.items():
+            started = time.monotonic()
+            subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log,
+                stderr=subprocess.STDOUT, check=True,
+            )  # fmt: skip
+            seconds[name] = round(time.monotonic() - started, 1)
+    write_json(setting.result, describe(setting, folder, seconds))
+
+
+def describe(setting: Setting, folder: Path, seconds: dict[str, float]) -> dict:
+    """The result of a run as results/ keeps it."""
+    header, tensors = read_adapter(newest_adapter(folder))
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    curves = {
+        kind: [[r["step"], round(r["loss"], 4)] for r in records if r["kind"] == kind]
+        for kind in ("train", "valid")
+    }
+    run_json = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["scores"]
+    frozen = {"lora_fa": ("lora_A",), "pissa": ("lora_A0", "lora_B0")}.get(header["kind"], ())
+    return {
+        "kind": setting.kind,
+        "rank": setting.rank if header["r"] else 0,
+        "seed": setting.seed,
+        "rows": setting.rows,
+        "lr": KINDS[setting.kind][1],
+        "steps": header["step"],
+        "batch": header["settings"]["global_batch"],
+        "trainable": sum(t.numel() for n, t in tensors.items() if not n.endswith(frozen or "?")),
+        "scores": {name: round(value, 4) for name, value in scores.items()},
+        "valid_loss": {
+            "last": curves["valid"][-1][1],
+            "best": min(loss for _, loss in curves["valid"]),
+        },
+        "curves": curves,
+        "seconds": seconds,
+        "base": header["base"]["fingerprint"],
+        "git_commit": run_json["git_commit"],
+        "torch": run_json["torch"],
+    }
+
+
+def attempt(setting: Setting, args: argparse.Namespace) -> bool:
+    """Whether the run succeeded; says how it went."""
+    try:
+        perform(setting, args)
+    except subprocess.CalledProcessError:
+        print(f"{setting.name} failed; see {RUNS / setting.name / 'log.txt'}", flush=True)
+        return False
+    result = json.loads(setting.result.read_text(encoding="utf-8"))
+    print(f"{setting.name}: {result['scores']} in {result['seconds']}", flush=True)
+    return True
+
+
+def main() -> int:
+    """Run what is missing; returns 1 where a run failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    groups = ("kinds", "ranks", "data")
+    parser.add_argument("groups", nargs="*", default=groups, help="of kinds, ranks, data")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="of each (default: 1)")
+    parser.add_argument("--steps", type=int, default=1000, help="of each run (default: 1000)")
+    parser.add_argument("--dry_run", action="store_true", help="list what is done and what is not")
+    args = parser.parse_args()
+    if unknown := set(args.groups) - set(groups):
+        raise InputError(f"{unknown.pop()} is no group of runs; name {', '.join(groups)}")
+    wanted = dict.fromkeys(s for group in args.groups for s in settings_of(group))
+    missing = [setting for setting in wanted if not setting.result.exists()]
+    if args.dry_run:
+        for setting in wanted:
+            print(f"{setting.name}: {'to be run' if setting in missing else 'done'}")
+        return 0
+    if not (ROOT / BASE["init_checkpoint"]).is_file():
+        raise InputError(f"{BASE['init_checkpoint']} is missing; python data/make_base.py mini")
+    write_splits()
+    with ThreadPoolExecutor(args.workers) as pool:
+        return 0 if all(list(pool.map(lambda s: attempt(s, args), missing))) else 1
+
+
+if __name__ == "__main__":
+    run(main)

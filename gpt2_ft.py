@@ -29,7 +29,7 @@ from errors import run as run_program
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 from optimizer import add_optimizer_params
 from run_log import RunLog, choose_work_dir, lock
-from run_setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes
+from run_setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes, show_plan
 from run_state import AverageMeter, Run, check_equal_states, find_state, save, write_adapter
 
 ROOT = Path(__file__).resolve().parent
@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_minutes", type=float, default=0, help="save after so many minutes, too; 0 for not")
     add("--keep_last", type=int, default=0, help="numbered adapters to keep; 0 for all (default)")
     add("--patience", type=int, default=0, help="stop after so many validations without a better")
+    add("--dry_run", action="store_true", help="print sizes and steps and end; needs no weights")
     add("--resume", help="auto, or a work_dir: go on from its last save")
     add("--resume_anyway", action="store_true", help="though settings that matter have changed")
     for flag in DROPPED_FLAGS:
@@ -341,6 +342,8 @@ def fine_tune(args: argparse.Namespace) -> None:
             "on the shipped sample. For your own: --train_data FILE --valid_data FILE "
             "--vocab FOLDER --model_card gpt2.md --init_checkpoint FILE"
         )
+    if args.dry_run:
+        return show_plan(args)
     args.work_dir = gpu.distributed_gather(args, args.work_dir or choose_work_dir(args.resume))[0]
     with lock(args.work_dir) if args.rank == 0 else nullcontext():
         # Not before the lock: until then a run that is ending may still write its state.
@@ -350,7 +353,9 @@ def fine_tune(args: argparse.Namespace) -> None:
         run = prepare(args, state)
         if args.rank == 0:
             print_args(args)
-            print_sizes(run)
+            print_sizes(args, run.model, run.sampler)
+            if run.step:
+                print(f"Going on behind step {run.step}")
         stop_on_signals(run)
         with closing(RunLog(args, run.step, run.validated_step)) as run.log:
             for epoch in itertools.count(run.epoch):

@@ -4,8 +4,9 @@ import argparse
 import hashlib
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import checkpoint
@@ -74,10 +75,22 @@ def prepare(args: argparse.Namespace, state: dict | None) -> Run:
     # Equal models on all ranks, but dropout of their own.
     gpu.seed_everything(args.random_seed + args.rank)
     wrapped = gpu.distributed_opt(args, model)
-    run = Run(args, wrapped, optimizer, scheduler, scaler, train, valid, sampler, header)
+    run = Run(args, wrapped, optimizer, scheduler, scaler, train, valid, sampler, header, tokenizer)
     if state is not None:
         restore(run, state)
     return run
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Print the sizes of the run that these arguments start. Nothing is written, and no weights
+    are read or made: the model has the card's own shape."""
+    tokenizer = load_tokenizer(args.vocab) if args.vocab else None
+    with torch.device("meta"):
+        model = build_model(args, None, tokenizer)
+    train, _ = load_data(args, tokenizer, model.config)
+    sampler = plan_steps(args, len(train), None)
+    if args.rank == 0:
+        print_sizes(args, model, sampler)
 
 
 def build_model(
@@ -114,7 +127,8 @@ def build_model(
 
 def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
     """Freeze what the arguments do not train: the base beside an adapter; all but the biases
-    (BitFit; Ben Zaken et al. 2022, arXiv:2106.10199) or but the last blocks; else nothing."""
+    (BitFit; Ben Zaken et al. 2022, arXiv:2106.10199) or but the last blocks; else nothing.
+    Settles `args.trained_parameters`."""
     if args.lora_dim or args.train_bias == "all":
         if args.train_top:
             raise InputError("--train_top goes with --lora_dim 0 and --train_bias none")
@@ -128,6 +142,7 @@ def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
             )
         model.requires_grad_(False)
         model.transformer.h[-args.train_top :].requires_grad_()
+    args.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def kind_of(args: argparse.Namespace) -> str:
@@ -221,17 +236,14 @@ def print_args(args: argparse.Namespace) -> None:
     print("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items())))
 
 
-def print_sizes(run: Run) -> None:
+def print_sizes(args: argparse.Namespace, model: nn.Module, sampler: EpochSampler) -> None:
     """What is trained and for how long."""
-    args = run.args
-    trained = sum(p.numel() for p in run.trained.values())
-    total = sum(p.numel() for p in run.model.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    folder = args.work_dir or "the next runs/NNN"
     precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     print(
-        f"{args.model_card}: {trained:,} trainable parameters of {total:,}, {precision} on "
-        f"{args.device}, {args.world_size} process(es); {len(run.train):,} rows in steps of "
-        f"{args.global_batch}, {run.sampler.steps_per_epoch:,} steps an epoch, {args.max_step:,} "
-        f"in all; into {args.work_dir}"
+        f"{args.model_card}: {args.trained_parameters:,} trainable parameters of {total:,}, "
+        f"{precision} on {args.device}, {args.world_size} process(es); {sampler.rows:,} rows in "
+        f"steps of {args.global_batch}, {sampler.steps_per_epoch:,} steps an epoch, "
+        f"{args.max_step:,} in all; into {folder}"
     )
-    if run.step:
-        print(f"Going on behind step {run.step}")

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -62,6 +63,7 @@ class Run:
     valid: FT_Dataset | None
     sampler: EpochSampler
     header: dict
+    tokenizer: Tokenizer | None = None
     log: RunLog | None = None
     step: int = 0
     window: int = 0

@@ -1,5 +1,9 @@
 # Sourced by e2e.sh, webnlg.sh and dart.sh, which set the recipe: raw data, training, beam search,
-# scores. Stops at the first step that fails; started again with RESUME=1 it goes on from there.
+# scores, a result JSON and its table. Stops at the first step that fails.
+#
+#   bash scripts/e2e.sh --dry_run      sizes and steps of the run; needs no weights, trains nothing
+#   bash scripts/e2e.sh                the run; again with RESUME=1 it goes on where it was
+#   SEEDS="110 111 112" bash scripts/e2e.sh    a run a seed, in WORK_DIR/seed-N; their mean +- sd
 #
 #   MODEL=gpt2.md          card; its weights are looked for in pretrained_checkpoints/
 #   INIT_CHECKPOINT=FILE   base weights of your own; VOCAB=FOLDER their vocabulary
@@ -12,18 +16,24 @@ source scripts/venv.sh requirements.txt
 threads=$(($(nproc) / ${NPROC:-1}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 work_dir=${WORK_DIR:-runs/$task}
+launch=(python)
+[ "${NPROC:-1}" -le 1 ] || launch=(torchrun --standalone --nproc_per_node "$NPROC")
 
 say() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
 
 choose_base() {
   local -A folders=([gpt2.sm]=gpt2 [gpt2.md]=gpt2-medium [gpt2.lg]=gpt2-large [gpt2.xl]=gpt2-xl)
-  card=${MODEL:-gpt2.md}
+  card=${MODEL:-gpt2.md} vocab=${VOCAB:-vocab}
   base=${INIT_CHECKPOINT:-pretrained_checkpoints/${folders[$card]:-none}/model.safetensors}
-  vocab=${VOCAB:-vocab}
-  if [ -z "${INIT_CHECKPOINT:-}" ] && [ ! -f "$base" ]; then
+  if [ -z "${INIT_CHECKPOINT:-}$dry_run" ] && [ "$card" != gpt2.nano ] && [ ! -f "$base" ]; then
     echo "No pretrained weights at $base (scripts/download_pretrained_checkpoints.sh has them):"
     echo "starting from the shipped nano base with its own vocabulary. Expect none of the above scores."
-    card=gpt2.nano base=data/nano/model.safetensors vocab=data/nano
+    card=gpt2.nano
+  fi
+  if [ -z "${INIT_CHECKPOINT:-}" ] && [ "$card" = gpt2.nano ]; then
+    base=data/nano/model.safetensors vocab=data/nano
+  elif [ -z "${VOCAB:-}" ] && [ ! -f vocab/vocab.bpe ] && [ ! -f vocab/merges.txt ]; then
+    DATA_DIR=${DATA_DIR:-../shared/data} bash scripts/download_vocab.sh
   fi
 }
 
@@ -33,47 +43,82 @@ take() {
   head -n "${3:--0}" "datasets/$task/$1.jsonl" > "$work_dir/$2.jsonl"
 }
 
-train() {
-  local launch=(python) flags=()
-  [ "${NPROC:-1}" -gt 1 ] && launch=(torchrun --standalone --nproc_per_node "$NPROC")
-  [ "${PRECISION:-fp32}" != fp32 ] && flags+=("--$PRECISION")
-  [ -n "${MAX_STEP:-}" ] && flags+=(--max_step "$MAX_STEP")
-  [ -n "${LR:-}" ] && flags+=(--lr "$LR")
-  [ -n "${RESUME:-}" ] && flags+=(--resume auto)
+fine_tune() { # FOLDER SEED [FLAG]...
+  local folder=$1 seed=$2 flags=("${@:3}")
+  [ "${PRECISION:-fp32}" = fp32 ] || flags+=("--$PRECISION")
+  [ -z "${MAX_STEP:-}" ] || flags+=(--max_step "$MAX_STEP")
+  [ -z "${LR:-}" ] || flags+=(--lr "$LR")
+  [ -z "${RESUME:-}" ] || flags+=(--resume auto)
   "${launch[@]}" gpt2_ft.py --train_data "$work_dir/train.jsonl" --valid_data "$work_dir/valid.jsonl" \
-    --model_card "$card" --init_checkpoint "$base" --vocab "$vocab" --random_seed "${SEED:-110}" \
-    --work_dir "$work_dir/train" --warmup_step "${WARMUP_STEP:-500}" "${recipe[@]}" "${flags[@]}"
+    --model_card "$card" --init_checkpoint "$base" --vocab "$vocab" --random_seed "$seed" \
+    --work_dir "$folder" --warmup_step "${WARMUP_STEP:-500}" "${recipe[@]}" "${flags[@]}"
 }
 
-# Decodes with a length penalty, then scores: with all references, and by the rule of ref_num.
-decode_and_score() {
-  local out=$work_dir/beam.$1
-  python gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$work_dir/train" \
-    --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$1" --output_file "$out.jsonl"
-  score all_references "$out"
-  if [ -n "${ref_num:-}" ]; then score "ref_num_$ref_num" "$out" --ref_num "$ref_num"; fi
+decode() { # FOLDER LENGTH_PENALTY
+  "${launch[@]}" gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$1/train" \
+    --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$2" --output_file "$1/beam.$2.jsonl"
 }
 
-score() {
-  local name=$1 out=$2
-  shift 2
-  echo "-- $name"
+score() { # FOLDER LENGTH_PENALTY NAME [FLAG]...
+  local out=$1/beam.$2
+  echo "-- $3"
   python eval/evaluate.py --task "$task" --data "$work_dir/test.jsonl" \
-    --predictions "$out.jsonl" --json "$out.$name.json" "$@"
+    --predictions "$out.jsonl" --json "$out.$3.json" "${@:4}"
+  results+=("lp $2, $3=$out.$3.json")
 }
 
-run_pipeline() {
+# Scores of each length penalty: by the published rule, if that drops references, and with all.
+run_seed() { # SEED FOLDER
+  local folder=$2 started=$SECONDS trained penalty
+  local results=()
+  if [ -n "${RESUME:-}" ] && [ -f "$folder/result.json" ]; then
+    echo "$folder/result.json is there already"
+    return
+  fi
+  say "Fine-tuning, seed $1"
+  fine_tune "$folder/train" "$1"
+  trained=$SECONDS
+  for penalty in "${length_penalties[@]}"; do
+    say "Decoding and scoring, length penalty $penalty"
+    decode "$folder" "$penalty"
+    if [ -n "${ref_num:-}" ]; then score "$folder" "$penalty" "ref_num_$ref_num" --ref_num "$ref_num"; fi
+    score "$folder" "$penalty" all_references
+  done
+  say "Result"
+  python eval/summary.py --json "$folder/result.json" --run "$folder/train" \
+    --seconds "train=$((trained - started))" "decode_and_score=$((SECONDS - trained))" \
+    --published "${published[@]}" -- "${results[@]}"
+}
+
+run_pipeline() { # [--dry_run]
+  local seed results=() dry_run=${1:-}
+  if [ $# -gt 1 ] || [ "${dry_run:---dry_run}" != --dry_run ]; then
+    echo "error: ${*} is not --dry_run, the only argument; the rest is set from outside" >&2
+    exit 2
+  fi
+  if [ -n "$dry_run" ]; then
+    work_dir=$(mktemp -d)
+    trap 'rm -rf "$work_dir"' EXIT
+  fi
   choose_base
   say "Data"
   bash scripts/create_datasets.sh "$task"
   take train train "${TRAIN_ROWS:-}"
   take valid valid "${VALID_ROWS:-}"
   take test test "${TEST_ROWS:-}"
-  say "Fine-tuning"
-  train
-  for penalty in "${length_penalties[@]}"; do
-    say "Decoding and scoring, length penalty $penalty"
-    decode_and_score "$penalty"
+  if [ -n "$dry_run" ]; then
+    fine_tune "${WORK_DIR:-runs/$task}/train" "${SEED:-110}" --dry_run
+    return
+  fi
+  if [ -z "${SEEDS:-}" ]; then
+    run_seed "${SEED:-110}" "$work_dir"
+    return
+  fi
+  for seed in $SEEDS; do
+    run_seed "$seed" "$work_dir/seed-$seed"
+    results+=("$work_dir/seed-$seed/result.json")
   done
-  say "Done; scores are in $work_dir/beam.*.json"
+  say "Mean and standard deviation of seeds $SEEDS"
+  python eval/summary.py --json "$work_dir/result.json" --mean --published "${published[@]}" -- \
+    "${results[@]}"
 }

@@ -1,0 +1,277 @@
+"""The scripts of the benchmarks and of clusters: what they print, start and sum up."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from data_utils import EpochSampler
+from eval import summary
+from model import MODEL_CARDS, GPT2Config, GPT2LMModel
+
+PARTS = (
+    "scripts",
+    "data",
+    "eval",
+    "loralib",
+    "requirements.txt",
+    *(p.name for p in ROOT.glob("*.py")),
+)
+E2E_LINE = "name : Blue Spice | Type : coffee shop||Blue Spice is a coffee shop . \n"
+NOWHERE = {"https_proxy": "http://127.0.0.1:1", "MIRROR": "", "HF_ENDPOINT": "http://127.0.0.1:1"}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The repository's code in a folder of its own, with this Python as its environment."""
+    for name in PARTS:
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    activate = f'export PATH="{Path(sys.executable).parent}:$PATH"\n'
+    (tmp_path / ".venv/bin/activate").write_text(activate, encoding="utf-8")
+    stamp = "cat requirements.txt requirements.txt | cksum > .venv/requirements.txt.done"
+    subprocess.run(["bash", "-c", stamp], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def run_script(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """A script of the checkout with tiny data, without a network."""
+    inherited = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG")}
+    path = f"{checkout / 'commands'}:{os.environ['PATH']}"
+    fixed = {
+        "PATH": path,
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "DATA_DIR": str(checkout / "raw"),
+    }
+    return subprocess.run(
+        ["bash", *command],
+        cwd=checkout,
+        env=inherited | fixed | NOWHERE | environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
+    )
+
+
+def write_raw(checkout: Path, task: str, files: dict[str, str]) -> None:
+    folder = checkout / "raw" / task
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_command(checkout: Path, name: str, text: str) -> None:
+    """A program that the scripts find before the real one."""
+    (checkout / "commands").mkdir(exist_ok=True)
+    (checkout / "commands" / name).write_text(text, encoding="utf-8")
+    (checkout / "commands" / name).chmod(0o755)
+
+
+def write_vocabulary(checkout: Path) -> None:
+    """The nano base's, where GPT-2's is expected."""
+    (checkout / "vocab").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(ROOT / "data/nano" / name, checkout / "vocab" / name)
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if "__pycache__" not in str(p)}
+
+
+def counted(card: str, rows: int, epochs: int) -> tuple[int, int]:
+    """Trained parameters of r 4 on q and v, counted on a model; steps, counted on a sampler."""
+    with torch.device("meta"):
+        model = GPT2LMModel(GPT2Config(**MODEL_CARDS[card], lora_attn_dim=4))
+    trained = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return trained, epochs * len(list(EpochSampler(rows, 8).steps(1)))
+
+
+def test_a_dry_run_prints_parameters_and_steps_and_leaves_only_data(checkout: Path) -> None:
+    splits = {"train.txt": 41, "valid.txt": 3, "test.txt": 3}
+    write_raw(checkout, "e2e", {name: E2E_LINE * rows for name, rows in splits.items()})
+    write_vocabulary(checkout)
+    before = listing(checkout)
+    done = run_script(checkout, "scripts/e2e.sh", "--dry_run")
+    assert (done.returncode, done.stderr) == (0, "")
+    trained, steps = counted("gpt2.md", 41, 5)
+    assert f"gpt2.md: {trained:,} trainable parameters" in done.stdout
+    assert f"41 rows in steps of 8, 6 steps an epoch, {steps} in all" in done.stdout
+    made = {
+        "datasets",
+        "datasets/e2e",
+        *(f"datasets/e2e/{s}.jsonl" for s in ("train", "valid", "test")),
+    }
+    assert listing(checkout) - before == made
+
+
+@pytest.mark.parametrize("task, steps", [("e2e", "26,290"), ("webnlg", "11,270")])
+def test_the_paper_runs_have_its_steps_and_parameters(
+    task: str, steps: str, checkout: Path, shared: Path
+) -> None:
+    settings = {"DATA_DIR": str(shared / "data"), "VALID_ROWS": "8"}
+    done = run_script(checkout, f"scripts/{task}.sh", "--dry_run", **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    sizes = done.stdout.splitlines()[-1]
+    assert "gpt2.md: 393,216 trainable parameters" in sizes and f"{steps} in all" in sizes
+    assert not (checkout / "runs").exists()
+
+
+def test_a_dry_run_obeys_what_is_set_from_outside(checkout: Path) -> None:
+    write_raw(checkout, "e2e", dict.fromkeys(("train.txt", "valid.txt", "test.txt"), E2E_LINE * 40))
+    settings = {"MODEL": "gpt2.nano", "TRAIN_ROWS": "33", "MAX_STEP": "7", "WORK_DIR": "runs/own"}
+    done = run_script(checkout, "scripts/e2e.sh", "--dry_run", **settings)
+    sizes = done.stdout.splitlines()[-1]
+    trained, _ = counted("gpt2.nano", 33, 1)
+    assert f"gpt2.nano: {trained:,} trainable parameters" in sizes
+    assert "33 rows" in sizes and "7 in all; into runs/own/train" in sizes
+
+
+def test_dart_says_in_one_line_where_its_training_file_belongs(checkout: Path) -> None:
+    entry = {"tripleset": [["a", "R", "b"]], "annotations": [{"source": "x", "text": "a r b ."}]}
+    names = ("dart-v1.1.1-full-dev.json", "dart-v1.1.1-full-test.json")
+    write_raw(checkout, "dart", dict.fromkeys(names, json.dumps([entry])))
+    write_vocabulary(checkout)
+    for argument in ([], ["--dry_run"]):
+        done = run_script(checkout, "scripts/dart.sh", *argument)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "put it at data_raw/dart/dart-v1.1.1-full-train.json" in done.stderr
+    assert not (checkout / "runs").exists()
+
+
+def test_an_unknown_argument_of_a_script_is_refused(checkout: Path) -> None:
+    done = run_script(checkout, "scripts/webnlg.sh", "--dry-run")
+    assert done.returncode == 2 and "--dry-run is not --dry_run" in done.stderr
+
+
+def webnlg_entry(number: int, category: str, texts: int) -> dict:
+    lexicalisations = [
+        {"comment": "good", "lex": f"Subject {number} does thing {i} .", "xml_id": f"Id{i}"}
+        for i in range(texts)
+    ]
+    triples = [{"subject": f"Subject_{number}", "property": "does", "object": "Thing"}]
+    return {
+        str(number): {
+            "category": category,
+            "lexicalisations": lexicalisations,
+            "modifiedtripleset": triples,
+            "originaltriplesets": {"originaltripleset": [triples]},
+            "shape": "",
+            "shape_type": "",
+            "size": "1",
+            "xml_id": f"Id{number}",
+        }
+    }
+
+
+def test_a_run_over_seeds_ends_with_results_and_their_mean(checkout: Path) -> None:
+    """From raw data to the table, with a base that the repository ships."""
+    if not (ROOT / "data/nano/model.safetensors").is_file():
+        pytest.skip("data/nano/model.safetensors is not there: the shipped base is to be made")
+    seen = [webnlg_entry(i, "Airport", 8) for i in range(1, 3)]
+    unseen = [webnlg_entry(i, "Artist", 2) for i in range(3, 5)]
+    text = json.dumps({"entries": seen + unseen})
+    write_raw(checkout, "webnlg", dict.fromkeys(("train.json", "dev.json", "test.json"), text))
+    write_command(
+        checkout, "java", "#!/bin/sh\nexit 1\n"
+    )  # no METEOR, which takes its time to start
+    few = {"SEEDS": "5 6", "MAX_STEP": "2", "WARMUP_STEP": "1", "WORK_DIR": "runs/w"}
+    done = run_script(checkout, "scripts/webnlg.sh", **few)
+    assert done.returncode == 0, done.stderr
+    runs = checkout / "runs/w"
+    results = [json.loads((runs / f"seed-{seed}/result.json").read_text()) for seed in (5, 6)]
+    for seed, result in zip((5, 6), results, strict=True):
+        settings = result["settings"]
+        assert (settings["random_seed"], settings["max_step"], result["steps"]) == (seed, 2, 2)
+        assert settings["trained_parameters"] == counted("gpt2.nano", 8, 1)[0]
+        assert result["seconds"].keys() == {"train", "decode_and_score"}
+        rules = ("lp 0.8, ref_num_6", "lp 0.8, all_references")
+        rows = [rule + subset for rule in rules for subset in ("", ", seen", ", unseen")]
+        assert list(result["scores"]) == rows
+        for rule, references in zip(rules, (16, 20), strict=True):
+            name = rule.removeprefix("lp 0.8, ")
+            scored = json.loads((runs / f"seed-{seed}/beam.0.8.{name}.json").read_text())
+            assert scored["references"] == references
+            assert result["scores"][rule] == scored["scores"]
+    mean = json.loads((runs / "result.json").read_text())
+    chrf = [result["scores"]["lp 0.8, ref_num_6"]["chrF++"] for result in results]
+    assert mean["mean"]["lp 0.8, ref_num_6"]["chrF++"] == pytest.approx(statistics.mean(chrf))
+    assert f"{statistics.mean(chrf):.4f} +- {statistics.stdev(chrf):.4f}" in done.stdout
+    assert "GPT-2 M, paper" in done.stdout.split("Mean and standard deviation")[1]
+    again = run_script(checkout, "scripts/webnlg.sh", **few, RESUME="1")
+    assert again.returncode == 0, again.stderr
+    assert "Fine-tuning" not in again.stdout
+    assert f"{statistics.stdev(chrf):.4f}" in again.stdout
+
+
+def test_a_metric_that_one_run_lacks_has_no_mean(tmp_path: Path) -> None:
+    paths = []
+    for number, meteor in enumerate((0.5, None)):
+        scores = {"lp 0.8": {"BLEU": 0.6 + 0.2 * number, "METEOR": meteor}}
+        paths.append(str(tmp_path / f"{number}.json"))
+        Path(paths[-1]).write_text(json.dumps({"scores": scores}), encoding="utf-8")
+    both = summary.over_runs(paths)
+    assert both["mean"]["lp 0.8"] == {"BLEU": pytest.approx(0.7), "METEOR": None}
+    assert both["sd"]["lp 0.8"] == {"BLEU": pytest.approx(0.02**0.5), "METEOR": None}
+    assert summary.over_runs(paths[:1])["sd"]["lp 0.8"] == {"BLEU": None, "METEOR": None}
+
+
+def test_every_script_is_correct_bash() -> None:
+    for script in (ROOT / "scripts").glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+def start_on_slurm(checkout: Path, *arguments: str, **environment: str) -> list[str]:
+    """The command line that `scripts/slurm.sh` hands to srun, on a cluster of two nodes."""
+    scontrol = '#!/bin/sh\n[ "$*" = "show hostnames n[7-8]" ] && printf "n7\\nn8\\n"\n'
+    srun = '#!/bin/sh\nprintf "%s\\n" "$@" "threads=$OMP_NUM_THREADS" > "$RECORD"\n'
+    write_command(checkout, "scontrol", scontrol)
+    write_command(checkout, "srun", srun)
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "123456", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16",
+    }  # fmt: skip
+    spooled = checkout / "spool"  # sbatch runs a copy of the script from elsewhere
+    shutil.copy(ROOT / "scripts/slurm.sh", spooled)
+    record = checkout / "record"
+    slurm |= {"RECORD": str(record), "OMP_NUM_THREADS": ""} | environment
+    done = run_script(checkout, str(spooled), *arguments, **slurm)
+    assert done.returncode == 0, done.stderr
+    return record.read_text(encoding="utf-8").splitlines()
+
+
+def test_slurm_starts_one_torchrun_a_node_which_meet_on_the_first(checkout: Path) -> None:
+    command = start_on_slurm(checkout, "--work_dir", "runs/a b")
+    assert command[:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=16", "torchrun"]
+    flags = dict(zip(command[3:15:2], command[4:15:2], strict=True))
+    assert flags == {
+        "--nnodes": "2", "--nproc_per_node": "4", "--max-restarts": "3", "--rdzv_backend": "c10d",
+        "--rdzv_id": "123456", "--rdzv_endpoint": "n7:23456",
+    }  # fmt: skip
+    program = ["gpt2_ft.py", "--resume", "auto", "--work_dir", "runs/a b", "threads=4"]
+    assert command[15:] == program
+
+
+def test_slurm_takes_the_number_of_processes_and_restarts_from_outside(checkout: Path) -> None:
+    command = start_on_slurm(checkout, NPROC="2", MAX_RESTARTS="0")
+    assert command[command.index("--nproc_per_node") + 1] == "2"
+    assert command[command.index("--max-restarts") + 1] == "0"
+
+
+def test_slurm_warns_before_the_time_limit(checkout: Path) -> None:
+    """Enough for a worker to save: torchrun gives it 30 seconds."""
+    lines = (ROOT / "scripts/slurm.sh").read_text(encoding="utf-8").splitlines()
+    signals = [line.removeprefix("#SBATCH --signal=") for line in lines if "--signal=" in line]
+    assert len(signals) == 1
+    name, seconds = signals[0].split("@")
+    assert name == "TERM" and int(seconds) > 30

@@ -31,6 +31,7 @@ from optimizer import add_optimizer_params
 from run_log import RunLog, choose_work_dir, lock
 from run_setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes, show_plan
 from run_state import AverageMeter, Run, check_equal_states, find_state, save, write_adapter
+from run_watch import show_settings, show_validation
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"
@@ -105,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--work_dir", help="default: the first free runs/NNN")
     add("--log_interval", type=int, default=100, help="in steps (default: %(default)s)")
     add("--eval_interval", type=int, default=2000, help="in steps, and after each epoch")
+    add("--valid_samples", type=int, default=3, help="to decode each time, for TensorBoard")
     add("--save_interval", type=int, default=500, help="in steps, and after each epoch")
     add("--save_minutes", type=float, default=0, help="save after so many minutes, too; 0 for not")
     add("--keep_last", type=int, default=0, help="numbered adapters to keep; 0 for all (default)")
@@ -144,7 +146,8 @@ def _check_args(args: argparse.Namespace) -> None:
         "train_batch_size": 1, "valid_batch_size": 1, "grad_acc": 1, "seq_len": 2, "lora_dim": 0,
         "log_interval": 1, "eval_interval": 1, "save_interval": 1, "save_minutes": 0,
         "keep_last": 0, "patience": 0, "max_bad_steps": 1, "max_step": 1, "max_epoch": 1,
-        "clip": 0, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0, "train_top": 0,
+        "valid_samples": 0, "clip": 0, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0,
+        "train_top": 0,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)
@@ -299,6 +302,7 @@ def validate(run: Run, epoch: int) -> None:
         loss=loss,
         ppl=perplexity,
     )
+    show_validation(run)
 
 
 def _log_training(run: Run, epoch: int, norm: float, tokens: int, seconds: float) -> None:
@@ -358,6 +362,7 @@ def fine_tune(args: argparse.Namespace) -> None:
                 print(f"Going on behind step {run.step}")
         stop_on_signals(run)
         with closing(RunLog(args, run.step, run.validated_step)) as run.log:
+            show_settings(run)
             for epoch in itertools.count(run.epoch):
                 train_validate(run, epoch)
                 if run.finished or epoch == args.max_epoch:

@@ -127,6 +127,31 @@ class RunLog:
             for name, value in values.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
 
+    def show(self, step: int, numbers: dict[str, float], texts: dict[str, str]) -> None:
+        """Put on TensorBoard, by their tags, what is no record."""
+        if self.writer is None:
+            return
+        with self._reporting():
+            for tag, number in numbers.items():
+                self.writer.add_scalar(tag, number, step)
+            for tag, text in texts.items():
+                self.writer.add_text(tag, text, step)
+
+    def show_settings(self, settings: dict[str, object], result: str) -> None:
+        """Put settings on TensorBoard's page of hyper-parameters, beside the scalar `result`."""
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            name: value if type(value) in (int, float) else str(value)
+            for name, value in settings.items()
+        }
+        experiment, start, _ = hparams(plain, {result: None})
+        with self._reporting():
+            for summary in (experiment, start):
+                self.writer.file_writer.add_summary(summary)
+
     def close(self) -> None:
         self.bar.close()
         with self._reporting():

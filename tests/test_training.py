@@ -85,6 +85,8 @@ class SilentLog:
 
     def record(self, kind: str, step: int, text: str, **values: float) -> None: ...
 
+    def show(self, step: int, numbers: dict[str, float], texts: dict[str, str]) -> None: ...
+
 
 def make_run(tiny: Tiny, *more: object) -> Run:
     """A run on the tiny data, without dropout and warm-up, ready for its first step."""

@@ -7,12 +7,15 @@ import argparse
 import ctypes
 import os
 import random
+import re
 import resource
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -244,9 +247,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def distributed_sum(args: argparse.Namespace, values: list[float]) -> list[float]:
     """Each number summed over all ranks, in float64."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=args.device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -283,7 +287,20 @@ def peak_memory_gb(args: argparse.Namespace) -> float:
     """Largest memory use so far in 1e9 bytes: of the GPU's allocator, or of the process."""
     if args.device.type == "cuda":
         return torch.cuda.max_memory_allocated(args.device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_resident_bytes() / 1e9
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    getrusage is not asked on Linux: its ru_maxrss survives exec, so that a program would report
+    what the one that started it had.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def generator_states() -> dict:

@@ -8,7 +8,6 @@ works at a time, in rounds, so that whatever else the machine does falls on all 
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from safetensors.torch import save_file  # noqa: E402
 from data.convert_e2e import e2e_rows  # noqa: E402
 from data_utils import END_OF_TEXT, load_tokenizer, read_rows  # noqa: E402
 from files import write_json  # noqa: E402
+from gpu import peak_resident_bytes  # noqa: E402
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
@@ -72,7 +72,7 @@ def serve(peers: Mapping[str, Callable[[dict], Callable[[list], dict]]]) -> None
     os.dup2(2, 1)  # what the peer itself prints goes to stderr
     work = peers[name](json.loads(Path(settings).read_text(encoding="utf-8")))
     for line in sys.stdin:
-        answer = work(json.loads(line)) | {"rss": peak_rss()}
+        answer = work(json.loads(line)) | {"rss": peak_resident_bytes() / 1e6}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -90,11 +90,6 @@ def gemm(_settings: dict) -> Callable[[list], dict]:
         return {"gflops": 2e-9 * side**3 / statistics.median(seconds)}
 
     return work
-
-
-def peak_rss() -> float:
-    """Peak resident memory of this process, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def read_samples(name: str, folder: Path) -> tuple[str, Path]:

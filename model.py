@@ -213,10 +213,14 @@ class Attention(nn.Module):
         fused = self.c_attn(x)
         if len(set(lengths)) == 1:
             return self.attend(fused.view(len(lengths), -1, fused.size(-1)), cache).flatten(0, 1)
-        if fused.is_cuda:  # one large kernel, though a part of it is padding
-            padded = self.attend(pad_sequence(fused.split(lengths), batch_first=True))
-            return torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])
+        if fused.is_cuda:
+            return self.attend_padded(fused, lengths)
         return torch.cat([self.attend(part[None])[0] for part in fused.split(lengths)])
+
+    def attend_padded(self, fused: Tensor, lengths: list[int]) -> Tensor:
+        """`attend` of sequences (N, 3C) to (N, C) by one large kernel, though a part is padding."""
+        padded = self.attend(pad_sequence(fused.split(lengths), batch_first=True))
+        return torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])
 
     def attend(self, fused: Tensor, cache: DecodeCache | None = None) -> Tensor:
         """Causal attention of each sequence to itself, (B, T, 3C) to (B, T, C)."""

@@ -267,3 +267,16 @@ def test_smoothed_loss_of_uniform_logits_is_log_v() -> None:
 def test_canonical_name_leaves_canonical_names_alone() -> None:
     for name in tiny_model(lora_attn_dim=2).state_dict():
         assert model.canonical_name(name) == name
+
+
+def test_attention_of_padded_sequences_is_that_of_each_by_itself() -> None:
+    """GPUs take the first way, CPUs the second."""
+    torch.manual_seed(0)
+    attention, lengths = model.Attention(GPT2Config(n_embd=16, n_head=4)), [5, 1, 7]
+    fused = torch.randn(sum(lengths), 48, requires_grad=True)
+    found = attention.attend_padded(fused, lengths)
+    expected = torch.cat([attention.attend(part[None])[0] for part in fused.split(lengths)])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(out.square().sum(), fused)[0] for out in (found, expected))
+    )

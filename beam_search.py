@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 NEVER = float("-inf")
+CHUNK = 64
 
 
 class Cache(Protocol):
@@ -190,7 +191,7 @@ class _Search:
             log_probs = self.restrict(
                 logits.log_softmax(-1), torch.cat((prompts, self.tokens), dim=2)
             )
-        best, tokens = log_probs.topk(min(count, logits.size(2)), dim=2)
+        best, tokens = largest(log_probs, min(count, logits.size(2)))
         best = best.masked_fill(best.isnan(), NEVER)  # the softmax of a beam with all banned
 
         stuck = best[..., 0] == NEVER
@@ -250,6 +251,26 @@ class _Search:
             bound_length = settings.eval_len if settings.length_penalty >= 0 else length + 1
         bound = self.scores[:, 0] / bound_length**settings.length_penalty
         return (bound <= self.threshold) | (length == settings.eval_len)
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(count)` over the last dimension, of equal values any; two to three times as fast
+    on a CPU for a vocabulary: the largest are in the chunks with the largest maxima."""
+    width = values.size(-1) // CHUNK * CHUNK
+    if width < 2 * count * CHUNK:
+        return values.topk(count)
+    chunks = values[..., :width].unflatten(-1, (-1, CHUNK)).amax(-1).topk(count, sorted=False)[1]
+    within = torch.arange(CHUNK, device=values.device)
+    rest = torch.arange(width, values.size(-1), device=values.device)
+    places = torch.cat(
+        (
+            (CHUNK * chunks.unsqueeze(-1) + within).flatten(-2),
+            rest.expand(*values.shape[:-1], -1),
+        ),
+        dim=-1,
+    )
+    best, order = values.gather(-1, places).topk(count)
+    return best, places.gather(-1, order)
 
 
 def _select(tokens: Tensor, beams: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from beam_search import Hypothesis, SearchSettings, ban_repeated_ngrams, beam_search
+from beam_search import (
+    Hypothesis,
+    SearchSettings,
+    ban_repeated_ngrams,
+    beam_search,
+    largest,
+)
 from model import GPT2Config, GPT2LMModel
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
@@ -351,6 +357,19 @@ def test_more_hypotheses_than_beams_and_nan_logits_are_refused() -> None:
         search_one(constant_model(0.0, 1.0), 3, beam=2, end_ids=(1,))
     with pytest.raises(ValueError, match="NaN"):
         search_one(constant_model(math.nan, 1.0), beam=2, end_ids=(1,))
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 500, 4096, 50257])
+@pytest.mark.parametrize("count", [1, 10, 30])
+def test_the_largest_are_those_of_topk(size: int, count: int) -> None:
+    count = min(count, size)
+    values = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(size))
+    values[0, :, ::3] = -math.inf
+    values[0, 0, count - 1 :] = -math.inf  # fewer than are asked for
+    best, places = largest(values, count)
+    torch.testing.assert_close(best, values.topk(count)[0], rtol=0, atol=0)
+    torch.testing.assert_close(values.gather(-1, places), best, rtol=0, atol=0)
+    assert all(len(set(row)) == count for row in places.flatten(0, 1).tolist())
 
 
 # GPT-2 itself: its cache, the original's outputs, and transformers.

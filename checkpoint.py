@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,12 +96,16 @@ def base_fingerprint(state: Mapping[str, Tensor]) -> str:
 
     Equal weights agree whatever file format, names or precision hold them.
     """
+    tensors = canonical_names(state).items()
+    return _fingerprint({name: tensor for name, tensor in tensors if "lora_" not in name})
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(canonical_names(state).items()):
-        if "lora_" not in name:
-            digest.update(f"{name}{list(tensor.shape)}".encode())
-            values = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
-            digest.update(memoryview(values.numpy()).cast("B"))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        values = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
+        digest.update(memoryview(values.numpy()).cast("B"))
     return digest.hexdigest()
 
 
@@ -162,8 +167,9 @@ def load_base(model: GPT2LMModel, state: Mapping[str, Tensor], path: str | Path)
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], header: dict) -> None:
-    """Write trained tensors with their header; equal content gives equal bytes."""
-    metadata = {"adapter": json.dumps(header, sort_keys=True)}
+    """Write trained tensors with their header and checksum; equal content gives equal bytes."""
+    header = header | {"sha256": _fingerprint(tensors)}
+    metadata = {"adapter": json.dumps(header, sort_keys=True)}  # one entry: several have no order
     state = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
     data = safetensors.torch.save(state, metadata)
     with replacing(path, "wb") as file:
@@ -186,7 +192,11 @@ def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
     if not path.is_file():
         raise InputError(f"--adapter {path} does not exist")
     metadata, tensors = _read_safetensors(path)
-    return _parse_header(metadata, path), tensors
+    header = _parse_header(metadata, path)
+    checksum = _fingerprint(tensors)
+    if header.pop("sha256", checksum) != checksum:
+        raise InputError(f"--adapter {path} is damaged: its tensors are not those that were saved")
+    return header, tensors
 
 
 def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -398,8 +408,22 @@ def save_training_state(path: str | Path, state: dict) -> None:
 
 
 def read_training_state(path: str | Path) -> dict:
-    """What `save_training_state` wrote."""
+    """What `save_training_state` wrote, every byte of it."""
     state = _read_pickle(Path(path))
+    if not _has_its_checksums(path):
+        raise InputError(
+            f"--resume {path} is damaged; put a copy there, or start anew in another --work_dir"
+        )
     if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
         raise InputError(f"--resume {path} is not a training state of this program")
     return state
+
+
+def _has_its_checksums(path: str | Path) -> bool:
+    """Whether all parts of one of torch's archives have the checksums that were stored with them;
+    torch.load does not look at these."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive fails in a dozen ways, and any is an answer
+        return False

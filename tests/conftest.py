@@ -20,6 +20,7 @@ import model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+FUZZ = int(os.environ.get("FUZZ", "1"))  # how many times as many damaged inputs to try
 VOCABULARY, POSITIONS = 64, 32
 TINY_CARD = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 

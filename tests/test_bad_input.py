@@ -5,7 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import VOCABULARY, Tiny, finish, nothing_half_written, refusal, start, write_rows
+from conftest import (
+    FUZZ,
+    VOCABULARY,
+    Tiny,
+    finish,
+    nothing_half_written,
+    refusal,
+    start,
+    write_rows,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +23,10 @@ import gpt2_ft
 from data_utils import FT_Dataset, load_tokenizer
 from errors import InputError
 
-FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+FUZZED = settings(
+    max_examples=150 * FUZZ,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -112,7 +123,7 @@ JSON = st.recursive(
 ROWS = st.fixed_dictionaries({}, optional={"context": JSON, "completion": JSON, "other": JSON})
 
 
-@FUZZ
+@FUZZED
 @given(
     rows=st.lists(ROWS | JSON, max_size=4),
     separator=st.sampled_from([b"\n", b"\r\n", b"\n\n", b" ", b"\x0b"]),

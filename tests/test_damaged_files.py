@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_CARD, VOCABULARY, Tiny, nothing_half_written, random_base, refusal
+from conftest import FUZZ, TINY_CARD, VOCABULARY, Tiny, nothing_half_written, random_base, refusal
 
 import checkpoint
 import gpt2_ft
@@ -30,26 +31,81 @@ def mutated(data: bytes, seed: int) -> bytes:
     return bytes(content)
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "legacy.bin"])
+def load_base(path: Path) -> None:
+    model = checkpoint.GPT2LMModel(checkpoint.GPT2Config(VOCABULARY, 32, **TINY_CARD))
+    checkpoint.load_base(model, checkpoint.read_base(path), path)
+
+
+READERS = {
+    "a.safetensors": load_base, "a.pt": load_base, "legacy.bin": load_base,
+    "model.3.safetensors": checkpoint.read_adapter, "state.pt": checkpoint.read_training_state,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
 def test_damaged_checkpoints_are_refused_by_name_or_hold_what_they_say(
-    name: str, tmp_path: Path
+    name: str, tiny: Tiny
 ) -> None:
-    state = random_base(TINY_CARD)
-    path = tmp_path / name
-    if name.endswith("safetensors"):
+    state, path = random_base(TINY_CARD), tiny.folder / name
+    if name in ("model.3.safetensors", "state.pt"):
+        gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+        path = tiny.folder / "run" / name
+    elif name.endswith("safetensors"):
         safetensors.torch.save_file(state, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=name != "legacy.bin")
     data, refused = path.read_bytes(), 0
-    for seed in range(250):
+    count = 150 * FUZZ
+    for seed in range(count):
         path.write_bytes(mutated(data, seed))
-        gpt = checkpoint.GPT2LMModel(checkpoint.GPT2Config(VOCABULARY, 32, **TINY_CARD))
         try:
-            checkpoint.load_base(gpt, checkpoint.read_base(path), path)
+            READERS[name](path)
         except InputError as error:
             assert name in str(error) and "\n" not in str(error)
             refused += 1
-    assert refused > 50
+    print(f"{name}: {count} damaged files, {refused} refused, the others read as they are")
+    assert refused > count / 5
+
+
+def test_a_damaged_state_gives_the_undisturbed_run_or_a_refusal(tiny: Tiny) -> None:
+    """Wherever a byte changed: what torch.load lets pass would be another run."""
+    flags = ("--max_step", 4, "--valid_samples", 0)
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3, "--valid_samples", 0))
+    gpt2_ft.main(tiny.argv("whole", "--max_step", 3, "--valid_samples", 0))
+    gpt2_ft.main(tiny.argv("whole", *flags, "--resume", "auto", "--resume_anyway"))
+    expected = (tiny.folder / "whole" / "model.4.safetensors").read_bytes()
+    data, outcomes = (tiny.folder / "run" / "state.pt").read_bytes(), []
+    for seed in range(60 * FUZZ):
+        folder = tiny.folder / "copy"
+        shutil.copytree(tiny.folder / "run", folder)
+        (folder / "state.pt").write_bytes(mutated(data, seed))
+        try:
+            gpt2_ft.main(tiny.argv("copy", *flags, "--resume", "auto", "--resume_anyway"))
+            assert (folder / "model.4.safetensors").read_bytes() == expected
+            outcomes.append("same")
+        except InputError as error:
+            assert "state.pt" in str(error)
+            outcomes.append("refused")
+        shutil.rmtree(folder)
+    assert set(outcomes) == {"same", "refused"}
+
+
+def test_a_damaged_adapter_is_refused_or_has_the_tensors_that_were_saved(tiny: Tiny) -> None:
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    path = tiny.folder / "run" / "model.3.safetensors"
+    data, (_, expected), equal = path.read_bytes(), checkpoint.read_adapter(path), 0
+    for place in range(0, len(data), max(1, len(data) // (400 * FUZZ))):
+        flipped = bytes([data[place] ^ 1])
+        path.write_bytes(data[:place] + flipped + data[place + 1 :])
+        try:
+            _, tensors = checkpoint.read_adapter(path)
+        except InputError as error:
+            assert path.name in str(error)
+            continue
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+        equal += 1
+    assert equal < 200  # a header that says something else, of the same tensors
 
 
 @pytest.mark.parametrize("lie", ["length", "offsets", "dtype", "shape", "huge"])

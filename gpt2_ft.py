@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label_smooth", type=float, default=0.1, help="in training only (default: 0.1)")
     add("--max_step", type=int, help="stop after this many steps")
     add("--max_epoch", type=int, help=f"default: {DEFAULT_EPOCHS}, or --max_step if given")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--max_bad_steps", type=int, default=25, help="give up after so many non-finite steps")
     add = parser.add_argument_group("output").add_argument
     add("--work_dir", help="default: the first free runs/NNN")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
 from errors import InputError
@@ -281,6 +282,11 @@ class Block(nn.Module):
 
 
 class GPT2Model(nn.Module):
+    """The blocks. With `gradient_checkpointing` a training step keeps the input of each block and
+    computes the rest again in its backward pass: the same gradients, less memory, more time."""
+
+    gradient_checkpointing = False
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.wte = config.token_embedding()
@@ -309,7 +315,10 @@ class GPT2Model(nn.Module):
         x = self.wte(input_ids[real]) + self.wpe(positions[real])
         *blocks, last = self.h
         for block in blocks:
-            x = block(x, lengths, cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, lengths, use_reentrant=False)
+            else:
+                x = block(x, lengths, cache)
         return self.ln_f(last(x, lengths, cache, wanted))
 
     def step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:

@@ -68,6 +68,7 @@ def prepare(args: argparse.Namespace, state: dict | None) -> Run:
     header = describe_adapter(args, model, tokenizer)
     if state is not None and not args.resume_anyway:
         check_settings(state, header)
+    model.transformer.gradient_checkpointing = args.gradient_checkpointing
     model.to(args.device).train()
     optimizer = create_adam_optimizer_from_args(model, args)
     scheduler = create_optimizer_scheduler(optimizer, args)

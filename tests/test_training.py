@@ -282,6 +282,27 @@ def test_joint_loss_counts_the_context_too(tiny: Tiny) -> None:
         assert jlm[i]["mask"].sum() - clm[i]["mask"].sum() == context - 1
 
 
+@pytest.mark.parametrize("lora_dim", [2, 0])
+def test_gradient_checkpointing_gives_the_same_adapter_from_fewer_kept_tensors(
+    tiny: Tiny, lora_dim: int
+) -> None:
+    kept = []
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[-1] += tensor.numel()
+        return tensor
+
+    files = []
+    for name, flags in (("plain", []), ("checkpointed", ["--gradient_checkpointing"])):
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            argv = tiny.argv(name, "--max_step", 3, "--lora_dim", lora_dim, *flags)
+            gpt2_ft.main(argv)
+        files.append((tiny.folder / name / "model.3.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert kept[1] < kept[0]
+
+
 def test_bf16_trains_near_fp32(tiny: Tiny) -> None:
     losses = []
     for flags in ([], ["--bf16"]):

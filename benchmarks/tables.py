@@ -1,20 +1,6 @@
-"""Write the tables of docs/performance.md from results/bench/: `python benchmarks/tables.py`.
+"""The tables of results/bench/, which scripts/make_tables.py puts into docs and README."""
 
-A table stands between `<!-- table: BENCHMARK -->` and `<!-- end -->`; the rest is left alone.
-"""
-
-import json
-import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from files import replacing  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "performance.md"
 
 
 def spread(values: dict[str, float], digits: int = 2, sign: str = "") -> str:
@@ -73,6 +59,14 @@ def derived_rows(result: dict, blanks: int) -> list[list[str]]:
     ]
 
 
+def grouped_conv_rows(result: dict) -> list[list[str]]:
+    """One row a width and rank."""
+    return [
+        [f"gpt2.{case['size']}", str(case["rank"]), *map(spread, case["milliseconds"].values())]
+        for case in result["cases"]
+    ]
+
+
 HEADS: dict[str, tuple[list[str], Callable[[dict], list[list[str]]]]] = {
     "train": (
         ["model", "peer", "s/step", "samples/s", "real tokens/s", "of GEMM peak", "peak RSS MB",
@@ -83,6 +77,11 @@ HEADS: dict[str, tuple[list[str], Callable[[dict], list[list[str]]]]] = {
         ["model", "peer", "s/context", "peak RSS MB", "ours is faster by"],
         decode_rows,
     ),
+    "grouped_conv": (
+        ["model", "r", "grouped convolution, ms", "block-diagonal matrix, ms",
+         "products apart, ms"],
+        grouped_conv_rows,
+    ),
 }  # fmt: skip
 
 
@@ -90,29 +89,49 @@ def table(benchmark: str, results: list[dict]) -> str:
     """The Markdown table of one benchmark, with what it was measured on."""
     head, rows_of = HEADS[benchmark]
     mine = [result for result in results if result["benchmark"] == benchmark]
-    lines = [head, ["---"] * len(head)] + [row for result in mine for row in rows_of(result)]
-    notes = {
-        f"{r['size']}: {r['rows']}, batch {r['batch']}, {r['machine']['threads']} threads of "
-        f"{r['machine']['cpu']}, torch {r['machine']['torch']}, GEMM "
-        f"{spread(r['gemm_gflops'], 0)} GFLOP/s, load average {r['machine']['load_average']:.1f}"
-        for r in mine
-    }
-    grid = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return grid + "\n\n" + "\n".join(f"- {note}" for note in sorted(notes)) + "\n"
+    rows = [row for result in mine for row in rows_of(result)]
+    return grid(head, rows) + "\n" + "".join(f"- {note(result)}\n" for result in mine)
 
 
-def main() -> None:
-    """Fill every table whose results are there."""
-    paths = sorted((ROOT / "results" / "bench").glob("*.json"))
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    page = PAGE.read_text(encoding="utf-8")
-    for benchmark in HEADS:
-        text = table(benchmark, results)
-        pattern = rf"(<!-- table: {benchmark} -->\n).*?(<!-- end -->)"
-        page = re.sub(pattern, lambda m, text=text: m[1] + text + m[2], page, flags=re.DOTALL)
-    with replacing(PAGE) as file:
-        file.write(page)
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-if __name__ == "__main__":
-    main()
+def note(result: dict) -> str:
+    """What a result was measured on."""
+    machine = result["machine"]
+    text = (
+        f"{machine['threads']} threads of {machine['cpu']}, torch {machine['torch']}, "
+        f"load average {machine['load_average']:.1f}"
+    )
+    if "gemm_gflops" in result:
+        text += f", GEMM {spread(result['gemm_gflops'], 0)} GFLOP/s"
+    if "rows" in result:
+        text = f"{result['size']}: {result['rows']}, batch {result['batch']}, {text}"
+    return text
+
+
+def speed(results: list[dict]) -> str:
+    """What README says of speed: ours over the faster peer and over the original, in one row a
+    benchmark."""
+    rows = []
+    for result in results:
+        if "ours_faster" not in result:
+            continue
+        faster = result["ours_faster"]
+        of_peft = [ratio for name, ratio in faster.items() if name.startswith("peft")]
+        best = min(of_peft, key=lambda ratio: ratio["median"], default=faster.get("transformers"))
+        peers = spread(best, 1, "×")
+        if hf := faster.get("transformers, --search hf"):
+            peers += f"; by its own rules {spread(hf, 1, '×')}"
+        derived = [
+            spread(ratio, 0, "×") + name.removeprefix("original").removesuffix(", derived")
+            for name, ratio in faster.items()
+            if name.endswith("derived")
+        ]
+        task = {"train": "training", "decode": "decoding"}[result["benchmark"]]
+        name = f"{task}, {result['size']}, batch {result['batch']}"
+        rows.append([name, peers, "; ".join(derived)])
+    return grid(["", "over transformers (+ peft)", "over the original, derived"], rows)

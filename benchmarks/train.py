@@ -4,7 +4,7 @@
     LORA_ORIGINAL=LoRA/examples/NLG/src python benchmarks/train.py      the original code too
 
 First, without dropout, the losses of all peers must agree step by step; then they are timed with
-dropout 0.1. The result goes to results/bench/, from where benchmarks/tables.py makes the tables.
+dropout 0.1. The result goes to results/bench/, from where scripts/make_tables.py makes the tables.
 """
 
 import argparse

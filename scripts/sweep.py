@@ -64,8 +64,13 @@ class Setting:
     rows: int = ALL_ROWS
 
     @property
+    def adapter_rank(self) -> int:
+        """The rank, 0 where no adapter is trained."""
+        return 0 if "--lora_dim=0" in KINDS[self.kind][0] else self.rank
+
+    @property
     def name(self) -> str:
-        rank = f"-r{self.rank}" if "--lora_dim=0" not in KINDS[self.kind][0] else ""
+        rank = f"-r{self.rank}" if self.adapter_rank else ""
         rows = f"-{self.rows}rows" if self.rows != ALL_ROWS else ""
         return f"{self.kind}{rank}{rows}-seed{self.seed}"
 
@@ -119,7 +124,7 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
     folder, kind = RUNS / setting.name, KINDS[setting.kind]
     folder.mkdir(parents=True, exist_ok=True)
     test, predictions = ROOT / "datasets" / "e2e" / "test.jsonl", folder / "predictions.jsonl"
-    own = flags(lora_dim=setting.rank) if "--lora_dim=0" not in kind[0] else []
+    own = flags(lora_dim=setting.rank) if setting.adapter_rank else []
     data = flags(train_data=RUNS / f"train.{setting.rows}.jsonl", valid_data=RUNS / "valid.jsonl")
     commands = {
         "training": [
@@ -162,7 +167,7 @@ def describe(setting: Setting, folder: Path, seconds: dict[str, float]) -> dict:
     frozen = {"lora_fa": ("lora_A",), "pissa": ("lora_A0", "lora_B0")}.get(header["kind"], ())
     return {
         "kind": setting.kind,
-        "rank": setting.rank if header["r"] else 0,
+        "rank": setting.adapter_rank,
         "seed": setting.seed,
         "rows": setting.rows,
         "lr": KINDS[setting.kind][1],

@@ -129,6 +129,26 @@ def test_outputs_and_gradients_equal_pypi_loralib(pypi, kind, sizes, options, x)
         torch.testing.assert_close(ours.weight, theirs.weight.data, atol=1e-6, rtol=1e-5)
 
 
+def test_the_grouped_convolution_of_pypi_loralib_is_a_block_diagonal_product(pypi):
+    """What B is in its MergedLinear: a 1-d convolution over the tokens, one group a part."""
+    r, width, tokens, enable = 2, 4, 5, [True, False, True]
+    theirs = randomize(pypi.MergedLinear(6, 3 * width, r=r, lora_alpha=3, enable_lora=enable))
+    ours = lora.MergedLinear(6, 3 * width, r=r, lora_alpha=3, enable_lora=enable)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(tokens, 6)
+    a, b = theirs.lora_A, theirs.lora_B
+    h = F.linear(x, a)
+    convolved = F.conv1d(h.T[None], b[..., None], groups=2)[0].T
+    blocks = torch.block_diag(*b.chunk(2))
+    assert blocks.shape == (2 * width, 2 * r) and not blocks[:width, r:].any()
+    torch.testing.assert_close(convolved, h @ blocks.T)
+    for layer in (theirs, ours):
+        added = layer(x) - F.linear(x, layer.weight, layer.bias)
+        query, key, value = (added / layer.scaling).split(width, dim=-1)
+        assert not key.any()
+        torch.testing.assert_close(torch.cat((query, value), dim=-1), convolved)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_old_conv_checkpoint_with_its_child_keys_loads(pypi, groups):
     theirs = randomize(pypi.Conv2d(4, 8, 3, r=1, lora_alpha=3, groups=groups, padding=1))

@@ -1,0 +1,186 @@
+"""Rebuild every table and figure of README and docs from results/: `python scripts/make_tables.py`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page is left alone.
+With `--check` nothing is written, and what differs from results/ is named. Figures need matplotlib
+(requirements-dev.txt).
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import tables as benchmarks  # noqa: E402
+from benchmarks.tables import grid  # noqa: E402
+from errors import run  # noqa: E402
+from files import replacing  # noqa: E402
+from scripts import figures  # noqa: E402
+from scripts.sweep import SEEDS, Setting, settings_of  # noqa: E402
+
+PAGES = (
+    "README.md", "README.zh-CN.md", "docs/experiments.md", "docs/lora.md", "docs/performance.md",
+)  # fmt: skip
+RESULTS, FIGURES = ROOT / "results", ROOT / "docs" / "figures"
+NAMES = {
+    "lora": "LoRA", "rslora": "rsLoRA", "lora_plus": "LoRA+", "dora": "DoRA", "pissa": "PiSSA",
+    "lora_fa": "LoRA-FA", "full": "full fine-tuning", "top2": "FT-Top2", "bitfit": "BitFit",
+}  # fmt: skip
+# Name, factor and digits of each score, on the scales of the paper's Table 3.
+SCORES = {
+    "BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE_L": (100, 1), "CIDEr": (1, 2),
+}  # fmt: skip
+SCORE_HEADS = ["BLEU", "NIST", "MET", "ROUGE-L", "CIDEr", "valid loss", "seeds"]
+
+
+def read_results(folder: Path) -> list[dict]:
+    """The JSON files of a folder, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def spread(values: list[float], factor: float = 1, digits: int = 2) -> str:
+    """`mean ± sd` (n - 1 in its denominator), the value alone where it is one, or nothing."""
+    values = [factor * value for value in values]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def runs_of(results: list[dict], setting: Setting) -> list[dict]:
+    """The runs that differ from `setting` in nothing but their seed."""
+    wanted = (setting.kind, setting.adapter_rank, setting.rows)
+    return [r for r in results if (r["kind"], r["rank"], r["rows"]) == wanted]
+
+
+def score_cells(runs: list[dict]) -> list[str]:
+    """The columns `SCORE_HEADS`; empty where nothing was run."""
+    cells = [
+        spread([r["scores"][name] for r in runs], factor, digits)
+        for name, (factor, digits) in SCORES.items()
+    ]
+    loss = spread([r["valid_loss"]["last"] for r in runs], 1, 3)
+    return [*cells, loss, f"{len(runs)} of {len(SEEDS)}" if runs else ""]
+
+
+def trained(runs: list[dict]) -> str:
+    return f"{runs[0]['trainable']:,}" if runs else ""
+
+
+def kinds_table(results: list[dict]) -> str:
+    rows = []
+    for setting in dict.fromkeys(Setting(s.kind) for s in settings_of("kinds")):
+        runs = runs_of(results, setting)
+        lr = f"{runs[0]['lr']:g}" if runs else ""
+        rows.append([NAMES[setting.kind], trained(runs), lr, *score_cells(runs)])
+    return grid(["method", "trained", "lr", *SCORE_HEADS], rows)
+
+
+def ranks_table(results: list[dict]) -> str:
+    rows = []
+    for setting in dict.fromkeys(Setting(s.kind, s.rank) for s in settings_of("ranks")):
+        runs = runs_of(results, setting)
+        scaling = "alpha/√r" if setting.kind == "rslora" else "alpha/r"
+        rows.append([str(setting.rank), scaling, trained(runs), *score_cells(runs)])
+    return grid(["r", "scaling", "trained", *SCORE_HEADS], rows)
+
+
+def data_table(results: list[dict]) -> str:
+    rows = []
+    for setting in dict.fromkeys(Setting(rows=s.rows) for s in settings_of("data")):
+        runs = runs_of(results, setting)
+        epochs = f"{runs[0]['steps'] * runs[0]['batch'] / setting.rows:.1f}" if runs else ""
+        best = spread([r["valid_loss"]["best"] for r in runs], 1, 3)
+        rows.append([f"{setting.rows:,}", epochs, *score_cells(runs), best])
+    return grid(["training rows", "epochs", *SCORE_HEADS, "best valid loss"], rows)
+
+
+def budget_table(results: list[dict]) -> str:
+    """What a run cost, over all runs."""
+    rows = []
+    for name in ("training", "decoding", "scoring"):
+        seconds = [r["seconds"][name] for r in results]
+        middle, low, high = statistics.median(seconds), min(seconds), max(seconds)
+        rows.append([name, f"{middle:.0f} ({low:.0f} to {high:.0f})"])
+    hours = sum(sum(r["seconds"].values()) for r in results) / 3600
+    rows.append([f"all {len(results)} runs", f"{hours:.1f} h of one thread"])
+    return grid(["part of a run", "seconds, one thread"], rows)
+
+
+def headline_table(results: list[dict]) -> str:
+    """A few rows for README."""
+    rows = []
+    kinds = ("full", "top2", "bitfit", "lora", "dora")
+    for setting in [*map(Setting, kinds), Setting("lora", 16), Setting("lora", 64)]:
+        runs = runs_of(results, setting)
+        rank = f", r {setting.rank}" if setting.kind in ("lora", "dora") else ""
+        *scores, _ = score_cells(runs)
+        rows.append([NAMES[setting.kind] + rank, trained(runs), *scores])
+    return grid(["method", "trained", *SCORE_HEADS[:-1]], rows)
+
+
+def make_tables() -> dict[str, str]:
+    """Every table by its name."""
+    sweep, bench = read_results(RESULTS / "e2e-mini"), read_results(RESULTS / "bench")
+    makers: dict[str, Callable[[list[dict]], str]] = {
+        "kinds": kinds_table, "ranks": ranks_table, "data": data_table,
+        "budget": budget_table, "headline": headline_table,
+    }  # fmt: skip
+    return (
+        {name: make(sweep) for name, make in makers.items()}
+        | {name: benchmarks.table(name, bench) for name in benchmarks.HEADS}
+        | {"speed": benchmarks.speed(bench)}
+    )
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """The text of a page with its tables in their places.
+
+    Raises:
+        KeyError: the page has a place for a table that nobody makes.
+    """
+    pattern = r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: m[1] + tables[m[2]] + m[3], page, flags=re.DOTALL)
+
+
+def differing(tables: dict[str, str], results: list[dict]) -> list[str]:
+    """The pages and figures that are not what results/ says."""
+    pages = [ROOT / name for name in PAGES if (ROOT / name).exists()]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    stale = [page for page, text in texts.items() if filled(text, tables) != text]
+    for name in figures.FIGURES:
+        path = FIGURES / f"{name}.png"
+        if figures.source_of(path) != figures.digest(name, results):
+            stale.append(path)
+    return [str(path.relative_to(ROOT)) for path in stale]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, name what differs")
+    args = parser.parse_args()
+    tables, results = make_tables(), read_results(RESULTS / "e2e-mini")
+    stale = differing(tables, results)
+    if args.check:
+        for name in stale:
+            print(f"{name} differs from results/; run python scripts/make_tables.py")
+        return 1 if stale else 0
+    for name in stale:
+        path = ROOT / name
+        if path.suffix == ".png":
+            figures.draw(path, results)
+        else:
+            text = filled(path.read_text(encoding="utf-8"), tables)
+            with replacing(path) as file:
+                file.write(text)
+        print(f"{name}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

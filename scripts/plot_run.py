@@ -1,0 +1,91 @@
+"""Draw runs side by side: loss, perplexity and learning rate from their log.jsonl, scores where a
+run has been scored.
+
+    python scripts/plot_run.py runs/a runs/b --output runs.png
+
+Scores are those of a scores.json or result.json in the run's folder or the one above it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from errors import InputError, run  # noqa: E402
+from files import read_json_lines, replacing  # noqa: E402
+
+FILES = ("scores.json", "result.json")
+CURVES = {"loss": "loss, nats a token", "ppl": "perplexity", "lr": "learning rate"}
+
+
+def read_scores(folder: Path) -> dict[str, float]:
+    """The scores of a run by metric; of a file with several results the first; none if unscored."""
+    for path in (where / name for where in (folder, folder.parent) for name in FILES):
+        if path.is_file():
+            scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+            first = next(iter(scores.values()))
+            found = first if isinstance(first, dict) else scores
+            return {name: value for name, value in found.items() if value is not None}
+    return {}
+
+
+def draw_curves(axes: list, color: str, name: str, folder: Path) -> None:
+    """One run's curves on the axes of `CURVES`: training a line, validation dots."""
+    records = read_json_lines(folder / "log.jsonl")
+    for own, field in zip(axes, CURVES, strict=True):
+        for kind, label, style in (("train", name, "-"), ("valid", None, "o:")):
+            points = [(r["step"], r[field]) for r in records if r["kind"] == kind and field in r]
+            if points:
+                own.plot(*zip(*points, strict=True), style, label=label, color=color)
+        own.set(xlabel="step", ylabel=CURVES[field])
+        own.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+
+
+def draw_scores(axes: object, scores: dict[str, dict[str, float]]) -> None:
+    """A group of bars a metric, one bar a run; NIST and CIDEr are shown in tenths."""
+    metrics = list(dict.fromkeys(metric for own in scores.values() for metric in own))
+    width = 0.8 / max(len(scores), 1)
+    for i, (name, own) in enumerate(scores.items()):
+        places = [m + i * width for m, metric in enumerate(metrics) if metric in own]
+        heights = [own[m] / (10 if m in ("NIST", "CIDEr") else 1) for m in metrics if m in own]
+        axes.bar(places, heights, width, label=name)
+    labels = [f"{m}/10" if m in ("NIST", "CIDEr") else m for m in metrics]
+    axes.set_xticks([m + 0.4 - width / 2 for m in range(len(metrics))], labels, fontsize=8)
+    axes.set_ylabel("score")
+    axes.grid(alpha=0.3, axis="y")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="work_dir of a run")
+    parser.add_argument("--output", type=Path, default="runs.png", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    for folder in args.runs:
+        if not (folder / "log.jsonl").is_file():
+            raise InputError(f"{folder} holds no log.jsonl; name the work_dir of a run")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError("drawing needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    *curves, bars = axes.flat
+    for i, folder in enumerate(args.runs):
+        draw_curves(curves, f"C{i}", str(folder), folder)
+    scores = {str(folder): read_scores(folder) for folder in args.runs}
+    draw_scores(bars, {name: own for name, own in scores.items() if own})
+    curves[0].legend(fontsize=8, title="line: training, dots: validation", title_fontsize=8)
+    with replacing(args.output, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    print(f"{args.output}: {len(args.runs)} runs")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,65 @@
+"""What only a GPU can show. Run these first on a machine that has one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Tiny
+
+import gpt2_ft
+from model import GPT2Config, GPT2LMModel
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="NOTHING ABOUT GPUS IS TESTED: there is no CUDA device"
+)
+SETTINGS = ("--lora_dropout=0", "--log_interval=1", "--max_step=6", "--valid_samples=0")
+
+
+def losses(tiny: Tiny, work_dir: Path, *flags: str) -> list[float]:
+    gpt2_ft.main([*tiny.argv(work_dir), *SETTINGS, *flags])
+    lines = (work_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "tolerance"),
+    [
+        ((), 1e-3),
+        (("--optimizer=torch",), 1e-3),
+        (("--deterministic",), 1e-3),
+        (("--bf16",), 5e-2),
+        (("--fp16",), 5e-2),
+    ],
+)
+def test_losses_on_a_gpu_are_those_of_a_cpu(
+    tiny: Tiny, tmp_path: Path, flags: tuple[str, ...], tolerance: float
+) -> None:
+    own = [flag for flag in flags if flag.startswith("--optimizer")]
+    expected = losses(tiny, tmp_path / "cpu", "--device=cpu", *own)
+    found = losses(tiny, tmp_path / "gpu", "--device=cuda", *flags)
+    assert found == pytest.approx(expected, abs=tolerance)
+
+
+def test_a_run_on_a_gpu_resumes_with_its_dropout(tiny: Tiny, tmp_path: Path) -> None:
+    flags = ("--device=cuda", "--deterministic", "--lora_dropout=0.5", "--scheduler=constant")
+    whole = losses(tiny, tmp_path / "whole", *flags)
+    losses(tiny, tmp_path / "parts", *flags, "--max_step=3")
+    parts = losses(tiny, tmp_path / "parts", *flags, "--resume=auto", "--resume_anyway")
+    assert parts == pytest.approx(whole, abs=1e-6)
+
+
+def test_logits_and_steps_of_decoding_on_a_gpu_are_those_of_a_cpu() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    prompts, lengths = torch.randint(64, (3, 9)), torch.tensor([9, 4, 7])
+    tokens = torch.randint(64, (3, 2))
+    found = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        with torch.no_grad():
+            logits, cache = model.prefill(prompts.to(device), lengths.to(device))
+            cache.reorder(torch.zeros(3, 2, dtype=torch.int64, device=device))
+            found.append((logits.cpu(), model.step(tokens.to(device), cache).cpu()))
+    for cpu, cuda in zip(*found, strict=True):
+        torch.testing.assert_close(cuda, cpu, atol=1e-3, rtol=1e-3)

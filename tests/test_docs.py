@@ -1,0 +1,201 @@
+"""README and docs: every command is run at tiny size or left out for a reason, what they name
+exists, and both languages say the same."""
+
+import doctest
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
+NANO = "data/nano/model.safetensors"
+
+LEFT_OUT = {
+    "bash scripts/quickstart.sh": "makes an environment; tests/test_training.py trains the sample",
+    "bash scripts/test.sh": "this is it",
+    "bash scripts/test.sh tests/test_cuda.py": "the same",
+    "bash scripts/download_vocab.sh": "tests/test_downloads.py",
+    "bash scripts/download_pretrained_checkpoints.sh gpt2": "tests/test_pretrained.py",
+    "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
+    "bash scripts/webnlg.sh": "tests/test_pipeline_scripts.py",
+    "bash scripts/dart.sh": "tests/test_pipeline_scripts.py",
+    "TRAIN_ROWS=8000 VALID_ROWS=400 TEST_ROWS=1000 MAX_STEP=1000 WARMUP_STEP=100 LR=5e-3 "
+    "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
+    "python scripts/soak.py --steps 2000 --kills 20": "tests/test_soak.py",
+    "python data/make_base.py mini": "trains for half an hour",
+    "python scripts/make_tables.py": "tests/test_tables.py",
+    "python scripts/sweep.py": "runs for hours; listed in the test below",
+}  # fmt: skip
+
+# What makes a command small: its program, what stands in for `...`, what is put behind it.
+DATA = "--train_data my/train.jsonl --vocab vocab --init_checkpoint " + NANO
+TINY = {
+    "gpt2_ft.py": (
+        DATA,
+        "--model_card gpt2.nano --max_step 2 --warmup_step 0 --train_batch_size 2 --seq_len 128 "
+        "--lora_dim 2 --valid_samples 0 --device cpu --work_dir runs/new",
+    ),
+    "gpt2_beam.py": ("--data my/test.jsonl --vocab vocab", "--beam 2 --eval_len 3 --device cpu"),
+    "eval/evaluate.py": (
+        "--task e2e --data test.jsonl --predictions predictions.jsonl",
+        "--metrics bleu",
+    ),
+}
+# Of a page's names, those that stand for files which a test has, or for a smaller thing.
+STAND_INS = [
+    (r"pretrained_checkpoints/\S+|\bgpt2-medium\b", NANO),
+    (r"--model_card gpt2\.sm", "--model_card gpt2.nano"),
+    (r"--nproc_per_node 4", "--nproc_per_node 2"),
+    (r"^torchrun (?!--standalone|--nnodes)", "torchrun --standalone "),
+    (r"--nnodes 2 --nproc_per_node \d", "--nnodes 1 --nproc_per_node 1"),
+    (r"HOST:29500", "localhost:0"),
+    (r"--bootstrap 1000", "--bootstrap 10"),
+]
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page's bash blocks, each in one line, without comments."""
+    lines = "\n".join(blocks(page)).replace("\\\n", " ").splitlines()
+    bare = (" ".join(line.split("#")[0].split()) for line in lines)
+    return [line for line in bare if line]
+
+
+ALL = {command: page.name for page in PAGES for command in commands(page)}
+RUN = [command for command in ALL if command not in LEFT_OUT]
+
+
+def made_small(command: str) -> str:
+    for pattern, replacement in STAND_INS:
+        command = re.sub(pattern, replacement, command)
+    program = next((name for name in TINY if name in command), None)
+    if program:
+        given, more = TINY[program]
+        command = f"{command.replace('...', given)} {more}"
+    return command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout as the pages expect it: data of one's own, a vocabulary, runs, predictions."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if path.name not in {"runs", "my", "vocab", "datasets", "results"} and path.name[0] != ".":
+            (folder / path.name).symlink_to(path)
+    (folder / "vocab").symlink_to(ROOT / "data" / "nano")
+    (folder / "my").mkdir()
+    for name in ("train", "valid", "test"):
+        lines = (ROOT / "data" / "sample" / f"{name}.jsonl").read_text(encoding="utf-8")
+        rows = "".join(lines.splitlines(keepends=True)[:6])
+        (folder / "my" / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    shutil.copy(folder / "my" / "test.jsonl", folder / "test.jsonl")
+    execute(folder, made_small("python gpt2_ft.py ... --log_interval 1"))
+    for name in ("001", "a", "b", "e2e", "mine"):
+        shutil.copytree(folder / "runs" / "new", folder / "runs" / name)
+    shutil.rmtree(folder / "runs" / "new")
+    execute(folder, "python convert_adapter.py --to peft runs/e2e e2e-peft")
+    write_outputs(folder)
+    return folder
+
+
+def write_outputs(folder: Path) -> None:
+    """Predictions and the files of the official programs, without decoding anything."""
+    rows = [json.loads(line) for line in (folder / "test.jsonl").open(encoding="utf-8")]
+    with (folder / "mixed.jsonl").open("w", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            file.write(json.dumps(row | {"task": ("e2e", "webnlg")[i % 2]}) + "\n")
+    made = [row | {"id": i, "text": row["completion"]} for i, row in enumerate(rows)]
+    predictions = "".join(json.dumps(row) + "\n" for row in made)
+    for name in ("predictions.jsonl", "other.jsonl", "runs/mine/test.jsonl"):
+        (folder / name).write_text(predictions, encoding="utf-8")
+    texts = "".join(row["completion"].strip() + "\n" for row in rows)
+    for name in ("hyp.txt", "reference0", "reference1"):
+        (folder / name).write_text(texts, encoding="utf-8")
+    (folder / "refs.txt").write_text(texts.replace("\n", "\n\n"), encoding="utf-8")
+
+
+def execute(folder: Path, command: str) -> str:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    run = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{command}\n{run.stdout}\n{run.stderr}"
+    return run.stdout
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_of_the_pages_runs(command: str, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(trained, folder, symlinks=True)
+    execute(folder, made_small(command))
+
+
+def test_nothing_is_left_out_that_no_page_has() -> None:
+    assert set(LEFT_OUT) <= set(ALL)
+
+
+def test_the_sweep_lists_its_runs() -> None:
+    listed = execute(ROOT, "python scripts/sweep.py --dry_run").splitlines()
+    assert len(listed) == 54 and "lora-r4-seed1: done" in listed
+
+
+def test_the_example_of_the_layers_page_computes_what_it_says() -> None:
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "lora.md"), module_relative=False)
+    assert (failed, tried >= 8) == (0, True)
+
+
+def test_both_readmes_have_the_same_commands_tables_and_sections() -> None:
+    assert blocks(ENGLISH) == blocks(CHINESE)
+    texts = [page.read_text(encoding="utf-8") for page in (ENGLISH, CHINESE)]
+    for pattern in (r"^#+ ", r"<!-- table: \w+ -->", r"\]\((?!README)[^)]+\)", r"^\|[ :-]*---.*"):
+        english, chinese = (re.findall(pattern, text, re.MULTILINE) for text in texts)
+        assert english == chinese
+    files = [re.findall(r"^    ([\w./]+)  ", text, re.MULTILINE) for text in texts]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_of_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    named = re.findall(r"`((?:tests|scripts|docs|eval|data|benchmarks|loralib)/[\w./]+)`", text)
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+OF_OTHERS = {
+    "--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend",
+    "--rdzv_endpoint", "--logdir",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_of_a_page_exist(page: Path) -> None:
+    sources = [path for pattern in ("*.py", "*/*.py", "*/*.sh") for path in ROOT.glob(pattern)]
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for path in sources if path.parent.name != "tests"
+    )
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")))
+    unknown = [f for f in sorted(flags - OF_OTHERS) if not re.search(rf'["\s]{f}["\s=)|]', code)]
+    assert unknown == []
+
+
+def test_the_tree_of_the_readme_names_every_file_at_the_top() -> None:
+    text = ENGLISH.read_text(encoding="utf-8")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    modules = [name for name in tracked.stdout.split() if re.fullmatch(r"\w+\.py", name)]
+    assert len(modules) > 10 and [name for name in modules if name not in text] == []

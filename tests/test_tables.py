@@ -1,0 +1,111 @@
+"""Tables and figures are those of results/, and say nothing that was not run."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from errors import InputError
+from scripts import figures, make_tables, plot_run
+from scripts.sweep import Setting
+
+pytest.importorskip("matplotlib", reason="draws the figures")
+SWEEP = make_tables.read_results(ROOT / "results" / "e2e-mini")
+
+
+def cells(table: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in table.splitlines()]
+
+
+def a_run(kind: str = "lora", rank: int = 4, rows: int = 42_061, bleu: float = 0.5) -> dict:
+    scores = {"BLEU": bleu, "NIST": 5.0, "METEOR": 0.3, "ROUGE_L": 0.6, "CIDEr": 1.5}
+    return {
+        "kind": kind, "rank": rank, "rows": rows, "scores": scores, "trainable": 1234, "lr": 0.1,
+        "steps": 1000, "batch": 8, "valid_loss": {"last": 2.0, "best": 1.9},
+        "curves": {"valid": [[250, 3.0], [500, 2.0]]},
+    }  # fmt: skip
+
+
+def test_pages_and_figures_are_those_of_results() -> None:
+    assert make_tables.differing(make_tables.make_tables(), SWEEP) == []
+
+
+def test_a_row_has_mean_and_deviation_of_its_own_runs_in_the_papers_units() -> None:
+    bleus = [0.41, 0.44, 0.50]
+    runs = [a_run(bleu=bleu) for bleu in bleus]
+    others = [a_run("dora"), a_run(rank=16), a_run(rows=100)]
+    rows = cells(make_tables.kinds_table(runs + others))
+    mean, sd = 100 * statistics.mean(bleus), 100 * statistics.stdev(bleus)
+    lora = next(row for row in rows if row[0] == "LoRA")
+    assert lora[1:4] == ["1,234", "0.1", f"{mean:.1f} ± {sd:.1f}"] and lora[-1] == "3 of 3"
+    assert lora[3] == "45.0 ± 4.6"
+
+
+def test_what_was_not_run_is_an_empty_cell() -> None:
+    table = make_tables.ranks_table([a_run(rank=1)])
+    assert "| 1 | alpha/r | 1,234 | 50.0 | 5.00 |" in table
+    assert "| 64 | alpha/√r |  |  |  |" in table
+    assert "| 4,000 |  |  |" in make_tables.data_table([])
+
+
+def test_runs_without_adapters_have_no_rank() -> None:
+    full = a_run("full", rank=0)
+    assert make_tables.runs_of([full, a_run()], Setting("full")) == [full]
+
+
+def test_a_page_with_an_old_number_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- table: kinds -->\nold\n<!-- end -->\nb\n", encoding="utf-8")
+    monkeypatch.setattr(make_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(make_tables, "FIGURES", ROOT / "docs" / "figures")
+    tables = make_tables.make_tables()
+    assert make_tables.differing(tables, SWEEP) == ["README.md"]
+    text = make_tables.filled(page.read_text(encoding="utf-8"), tables)
+    assert text.startswith("a\n<!-- table: kinds -->\n| method |")
+    assert text.endswith("|\n<!-- end -->\nb\n")
+    with pytest.raises(KeyError):
+        make_tables.filled("<!-- table: nobodys -->\n<!-- end -->", tables)
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_carries_the_digest_of_the_numbers_it_shows(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.png"
+    assert figures.source_of(path) is None
+    runs = [a_run(bleu=0.4), a_run(bleu=0.5), a_run("full", 0), a_run(rank=16), a_run(rows=100)]
+    figures.draw(path, runs)
+    assert figures.source_of(path) == figures.digest(name, runs)
+    assert figures.digest(name, runs) != figures.digest(name, SWEEP)
+
+
+def test_points_are_mean_least_and_greatest_over_seeds() -> None:
+    points = figures.points([(2, 5.0), (1, 1.0), (1, 3.0)])
+    assert points == [(1, 2.0, 1.0, 3.0), (2, 5.0, 5.0, 5.0)]
+
+
+def write_run(folder: Path) -> None:
+    folder.mkdir()
+    train = {"kind": "train", "step": 1, "loss": 2.0, "ppl": 7.4, "lr": 0.1}
+    records = [train, train | {"step": 2, "loss": 1.0}, {"kind": "valid", "step": 2, "loss": 1.5}]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "log.jsonl").write_text(lines, encoding="utf-8")
+
+
+def test_runs_are_drawn_side_by_side_with_the_scores_that_there_are(tmp_path: Path) -> None:
+    for name in "ab":
+        write_run(tmp_path / name)
+    scores = {"scores": {"lp 0.8": {"BLEU": 0.5, "CIDEr": 2.0, "TER": None}}}
+    (tmp_path / "a" / "result.json").write_text(json.dumps(scores), encoding="utf-8")
+    assert plot_run.read_scores(tmp_path / "a") == {"BLEU": 0.5, "CIDEr": 2.0}
+    assert plot_run.read_scores(tmp_path / "b") == {}
+    output = tmp_path / "runs.png"
+    plot_run.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(output)])
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no log.jsonl"):
+        plot_run.main([str(tmp_path)])

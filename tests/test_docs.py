@@ -42,7 +42,10 @@ TINY = {
         "--model_card gpt2.nano --max_step 2 --warmup_step 0 --train_batch_size 2 --seq_len 128 "
         "--lora_dim 2 --valid_samples 0 --device cpu --work_dir runs/new",
     ),
-    "gpt2_beam.py": ("--data my/test.jsonl --vocab vocab", "--beam 2 --eval_len 3 --device cpu"),
+    "gpt2_beam.py": (
+        f"--vocab vocab --init_checkpoint {NANO}",
+        "--beam 2 --eval_len 3 --device cpu",
+    ),
     "eval/evaluate.py": (
         "--task e2e --data test.jsonl --predictions predictions.jsonl",
         "--metrics bleu",
@@ -81,6 +84,8 @@ def made_small(command: str) -> str:
     program = next((name for name in TINY if name in command), None)
     if program:
         given, more = TINY[program]
+        if program == "gpt2_beam.py" and "--data" not in command:
+            given += " --data my/test.jsonl"
         command = f"{command.replace('...', given)} {more}"
     return command
 
@@ -103,7 +108,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("001", "a", "b", "e2e", "mine"):
         shutil.copytree(folder / "runs" / "new", folder / "runs" / name)
     shutil.rmtree(folder / "runs" / "new")
-    execute(folder, "python convert_adapter.py --to peft runs/e2e e2e-peft")
+    to_peft = f"--to peft --adapter runs/e2e --init_checkpoint {NANO} --output e2e-peft"
+    execute(folder, f"python convert_adapter.py {to_peft}")
     write_outputs(folder)
     return folder
 

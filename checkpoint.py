@@ -168,7 +168,7 @@ def load_base(model: GPT2LMModel, state: Mapping[str, Tensor], path: str | Path)
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], header: dict) -> None:
     """Write trained tensors with their header and checksum; equal content gives equal bytes."""
-    header = header | {"sha256": _fingerprint(tensors)}
+    header = header | {"sha256": _seal(header, tensors)}
     metadata = {"adapter": json.dumps(header, sort_keys=True)}  # one entry: several have no order
     state = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
     data = safetensors.torch.save(state, metadata)
@@ -193,10 +193,15 @@ def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
         raise InputError(f"--adapter {path} does not exist")
     metadata, tensors = _read_safetensors(path)
     header = _parse_header(metadata, path)
-    checksum = _fingerprint(tensors)
-    if header.pop("sha256", checksum) != checksum:
-        raise InputError(f"--adapter {path} is damaged: its tensors are not those that were saved")
+    seal = header.pop("sha256", None)  # absent where it was written by hand
+    if seal not in (None, _seal(header, tensors)):
+        raise InputError(f"--adapter {path} is damaged: it is not what was saved")
     return header, tensors
+
+
+def _seal(header: dict, tensors: Mapping[str, Tensor]) -> str:
+    content = json.dumps(header, sort_keys=True) + _fingerprint(tensors)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:

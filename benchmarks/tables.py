@@ -67,6 +67,32 @@ def grouped_conv_rows(result: dict) -> list[list[str]]:
     ]
 
 
+def scaling_rows(result: dict) -> list[list[str]]:
+    """One row a thing that is varied: its values, milliseconds of each, and of each per unit."""
+    rows = []
+    for kind, what in dict.fromkeys((case["kind"], case["what"]) for case in result["cases"]):
+        own = [c for c in result["cases"] if (c["kind"], c["what"]) == (kind, what)]
+        times = [(c["value"], 1e3 * c["seconds"]["median"]) for c in own]
+        rows.append(
+            [
+                f"{kind}: {what}",
+                ", ".join(str(value) for value, _ in times),
+                ", ".join(f"{ms:.0f}" for _, ms in times),
+                ", ".join(f"{ms / value:.2f}" for value, ms in times),
+            ]
+        )
+    speeds = {n: values["median"] for n, values in result["processes"].items()}
+    rows.append(
+        [
+            "training: processes of one thread",
+            ", ".join(speeds),
+            ", ".join(f"{speed:.0f} tokens/s" for speed in speeds.values()),
+            ", ".join(f"{speed / speeds['1']:.2f}×" for speed in speeds.values()),
+        ]
+    )
+    return rows
+
+
 HEADS: dict[str, tuple[list[str], Callable[[dict], list[list[str]]]]] = {
     "train": (
         ["model", "peer", "s/step", "samples/s", "real tokens/s", "of GEMM peak", "peak RSS MB",
@@ -81,6 +107,10 @@ HEADS: dict[str, tuple[list[str], Callable[[dict], list[list[str]]]]] = {
         ["model", "r", "grouped convolution, ms", "block-diagonal matrix, ms",
          "products apart, ms"],
         grouped_conv_rows,
+    ),
+    "scaling": (
+        ["what is varied", "values", "ms", "ms by value"],
+        scaling_rows,
     ),
 }  # fmt: skip
 

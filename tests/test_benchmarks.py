@@ -28,7 +28,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         return module
 
     yield load
-    for name in ("common", "train", "decode", "decode_peers", "tables"):
+    for name in ("common", "train", "decode", "decode_peers", "grouped_conv", "scaling", "tables"):
         sys.modules.pop(name, None)
 
 
@@ -51,6 +51,28 @@ def test_benchmarked_decoding_has_the_outputs_of_transformers_and_its_table(
     assert result["gate"]["differ_from_transformers"] == 0
     text = benchmark("tables").table("decode", [result])
     assert "transformers" in text and "derived" in text
+
+
+def test_the_three_ways_of_b_agree_and_have_their_table(benchmark, tmp_path) -> None:
+    benchmark("grouped_conv").main(["--rounds", "1", "--ranks", "2", "--threads", "1"])
+    result = json.loads((tmp_path / "grouped-conv.json").read_text(encoding="utf-8"))
+    text = benchmark("tables").table("grouped_conv", [result])
+    assert text.count("| gpt2.") == 2 and "products apart" in text
+
+
+def test_what_is_varied_has_a_row_each(benchmark, tmp_path, monkeypatch) -> None:
+    scaling = benchmark("scaling")
+    monkeypatch.setattr(scaling, "TRAINING", {"rows": (1, 2), "rank": (1,)})
+    monkeypatch.setattr(scaling, "SEARCH", {"beam": (1, 2)})
+    monkeypatch.setattr(scaling, "train_by_processes", lambda processes, folder: 10 * processes)
+    scaling.main(["--rounds", "1", "--threads", "1"])
+    result = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    lines = benchmark("tables").table("scaling", [result]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        "| training: rows", "| training: rank", "| decoding: beam",
+        "| training: processes of one thread",
+    ]  # fmt: skip
+    assert "1.00×, 2.00×" in lines[5]
 
 
 def test_needed_work_counts_products_behind_the_last_attention_for_counted_tokens_only(

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.sweep import ALL_ROWS
+from scripts.sweep import ALL_ROWS, TARGETS
 
 Series = dict[str, list[tuple[float, float, float, float]]]  # name: x, mean, least, greatest
 Results = list[dict]
@@ -38,7 +38,8 @@ def bleu(result: dict) -> float:
 
 
 def of_all_rows(results: Results) -> Results:
-    return [r for r in results if r["rows"] == ALL_ROWS]
+    """Runs on all rows that adapt query and value, or no layer in particular."""
+    return [r for r in results if r["rows"] == ALL_ROWS and r["targets"] == TARGETS[0]]
 
 
 def valid_of(result: dict) -> list[list[float]]:
@@ -77,7 +78,8 @@ def bleu_by_trained(results: Results) -> Series:
 
 def low_data(results: Results) -> Series:
     """BLEU of LoRA of rank 4 against the count of training rows."""
-    own = [r for r in results if r["kind"] == "lora" and r["rank"] == 4]
+    plain = ("lora", 4, TARGETS[0])
+    own = [r for r in results if (r["kind"], r["rank"], r["targets"]) == plain]
     return {"LoRA r 4": points([(r["rows"], bleu(r)) for r in own])}
 
 

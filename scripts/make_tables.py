@@ -54,8 +54,8 @@ def spread(values: list[float], factor: float = 1, digits: int = 2) -> str:
 
 def runs_of(results: list[dict], setting: Setting) -> list[dict]:
     """The runs that differ from `setting` in nothing but their seed."""
-    wanted = (setting.kind, setting.adapter_rank, setting.rows)
-    return [r for r in results if (r["kind"], r["rank"], r["rows"]) == wanted]
+    wanted = (setting.kind, setting.adapter_rank, setting.rows, setting.targets)
+    return [r for r in results if (r["kind"], r["rank"], r["rows"], r["targets"]) == wanted]
 
 
 def score_cells(runs: list[dict]) -> list[str]:
@@ -100,6 +100,14 @@ def data_table(results: list[dict]) -> str:
     return grid(["training rows", "epochs", *SCORE_HEADS, "best valid loss"], rows)
 
 
+def targets_table(results: list[dict]) -> str:
+    rows = []
+    for setting in dict.fromkeys(Setting(targets=s.targets) for s in settings_of("targets")):
+        runs = runs_of(results, setting)
+        rows.append([setting.targets, trained(runs), *score_cells(runs)])
+    return grid(["`--lora_targets`", "trained", *SCORE_HEADS], rows)
+
+
 def budget_table(results: list[dict]) -> str:
     """What a run cost, over all runs."""
     rows = []
@@ -129,7 +137,7 @@ def make_tables() -> dict[str, str]:
     sweep, bench = read_results(RESULTS / "e2e-mini"), read_results(RESULTS / "bench")
     makers: dict[str, Callable[[list[dict]], str]] = {
         "kinds": kinds_table, "ranks": ranks_table, "data": data_table,
-        "budget": budget_table, "headline": headline_table,
+        "targets": targets_table, "budget": budget_table, "headline": headline_table,
     }  # fmt: skip
     return (
         {name: make(sweep) for name, make in makers.items()}

@@ -1,6 +1,7 @@
-"""The experiment on E2E: what is trained, rank and scaling, size of the data; three seeds each.
+"""The experiment on E2E: what is trained, rank and scaling, size of the data, layers; three seeds
+each.
 
-    python scripts/sweep.py [kinds] [ranks] [data] --workers 2 --threads 1
+    python scripts/sweep.py [kinds] [ranks] [data] [targets] --workers 2 --threads 1
 
 Each run adapts the mini base (`python data/make_base.py mini`) to E2E by 1,000 steps of batch 8,
 decodes the 630 test inputs and scores them; its JSON goes to results/e2e-mini/, its files to
@@ -29,6 +30,7 @@ from files import replacing, write_json  # noqa: E402
 RESULTS, RUNS = ROOT / "results" / "e2e-mini", ROOT / "runs" / "sweep"
 SEEDS = (1, 2, 3)
 ALL_ROWS = 42_061
+TARGETS = ("q,v", "all", "fc,proj", "q,k,v,o")
 VALID_ROWS = 400
 # Flags of each kind, and its learning rate: the best of some by the validation loss of 200 steps
 # with seed 0 (LoRA 2.65 at 1e-2 and 2.76 at 5e-3, which all ranks and kinds of LoRA bear).
@@ -56,12 +58,13 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: what is trained, with which rank, seed, number of training rows."""
+    """One run: what is trained, with which rank, seed, number of training rows, in which layers."""
 
     kind: str = "lora"
     rank: int = 4
     seed: int = 1
     rows: int = ALL_ROWS
+    targets: str = TARGETS[0]
 
     @property
     def adapter_rank(self) -> int:
@@ -72,7 +75,8 @@ class Setting:
     def name(self) -> str:
         rank = f"-r{self.rank}" if self.adapter_rank else ""
         rows = f"-{self.rows}rows" if self.rows != ALL_ROWS else ""
-        return f"{self.kind}{rank}{rows}-seed{self.seed}"
+        targets = f"-{self.targets.replace(',', '')}" if self.targets != TARGETS[0] else ""
+        return f"{self.kind}{rank}{targets}{rows}-seed{self.seed}"
 
     @property
     def result(self) -> Path:
@@ -89,6 +93,8 @@ def settings_of(group: str) -> Iterator[Setting]:
                 yield from (Setting(kind, rank, seed) for kind in ("lora", "rslora"))
         if group == "data":
             yield from (Setting(seed=seed, rows=rows) for rows in (100, 500, 4000, ALL_ROWS))
+        if group == "targets":
+            yield from (Setting(seed=seed, targets=targets) for targets in TARGETS)
 
 
 def write_splits() -> None:
@@ -124,7 +130,9 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
     folder, kind = RUNS / setting.name, KINDS[setting.kind]
     folder.mkdir(parents=True, exist_ok=True)
     test, predictions = ROOT / "datasets" / "e2e" / "test.jsonl", folder / "predictions.jsonl"
-    own = flags(lora_dim=setting.rank) if setting.adapter_rank else []
+    own = []
+    if setting.adapter_rank:
+        own = flags(lora_dim=setting.rank, lora_targets=setting.targets)
     data = flags(train_data=RUNS / f"train.{setting.rows}.jsonl", valid_data=RUNS / "valid.jsonl")
     commands = {
         "training": [
@@ -170,6 +178,7 @@ def describe(setting: Setting, folder: Path, seconds: dict[str, float]) -> dict:
         "rank": setting.adapter_rank,
         "seed": setting.seed,
         "rows": setting.rows,
+        "targets": setting.targets,
         "lr": KINDS[setting.kind][1],
         "steps": header["step"],
         "batch": header["settings"]["global_batch"],
@@ -204,8 +213,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    groups = ("kinds", "ranks", "data")
-    parser.add_argument("groups", nargs="*", default=groups, help="of kinds, ranks, data")
+    groups = ("kinds", "ranks", "data", "targets")
+    parser.add_argument("groups", nargs="*", default=groups, help=f"of {', '.join(groups)}")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each (default: 1)")
     parser.add_argument("--steps", type=int, default=1000, help="of each run (default: 1000)")

@@ -24,7 +24,7 @@ def a_run(kind: str = "lora", rank: int = 4, rows: int = 42_061, bleu: float = 0
     return {
         "kind": kind, "rank": rank, "rows": rows, "scores": scores, "trainable": 1234, "lr": 0.1,
         "steps": 1000, "batch": 8, "valid_loss": {"last": 2.0, "best": 1.9},
-        "curves": {"valid": [[250, 3.0], [500, 2.0]]},
+        "targets": "q,v", "curves": {"valid": [[250, 3.0], [500, 2.0]]},
     }  # fmt: skip
 
 

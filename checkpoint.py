@@ -193,8 +193,7 @@ def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
         raise InputError(f"--adapter {path} does not exist")
     metadata, tensors = _read_safetensors(path)
     header = _parse_header(metadata, path)
-    seal = header.pop("sha256", None)  # absent where it was written by hand
-    if seal not in (None, _seal(header, tensors)):
+    if header.pop("sha256", None) != _seal(header, tensors):
         raise InputError(f"--adapter {path} is damaged: it is not what was saved")
     return header, tensors
 

@@ -282,8 +282,8 @@ class Block(nn.Module):
 
 
 class GPT2Model(nn.Module):
-    """The blocks. With `gradient_checkpointing` a training step keeps the input of each block and
-    computes the rest again in its backward pass: the same gradients, less memory, more time."""
+    """The blocks. With `gradient_checkpointing` a training step keeps the input of each block but
+    the last and computes the rest again in its backward pass: the same gradients, less memory."""
 
     gradient_checkpointing = False
 

@@ -71,11 +71,11 @@ def check(width: int, rank: int) -> None:
 
 def measure(width: int, rank: int, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each way, all in turns; the first round is a warm-up."""
-    seconds = {way: [milliseconds(way, width, rank)] for way in WAYS}
+    times = {way: [milliseconds(way, width, rank)] for way in WAYS}
     for _ in range(rounds):
-        for way, own in seconds.items():
+        for way, own in times.items():
             own.append(milliseconds(way, width, rank))
-    return {way: common.summary(own[1:]) for way, own in seconds.items()}
+    return {way: common.summary(own[1:]) for way, own in times.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

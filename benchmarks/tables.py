@@ -77,8 +77,8 @@ def scaling_rows(result: dict) -> list[list[str]]:
             [
                 f"{kind}: {what}",
                 ", ".join(str(value) for value, _ in times),
-                ", ".join(f"{ms:.0f}" for _, ms in times),
-                ", ".join(f"{ms / value:.2f}" for value, ms in times),
+                ", ".join(f"{ms:.0f}" for _, ms in times) + " ms",
+                ", ".join(f"{ms / value:.2f}" for value, ms in times) + " ms",
             ]
         )
     speeds = {n: values["median"] for n, values in result["processes"].items()}
@@ -86,8 +86,8 @@ def scaling_rows(result: dict) -> list[list[str]]:
         [
             "training: processes of one thread",
             ", ".join(speeds),
-            ", ".join(f"{speed:.0f} tokens/s" for speed in speeds.values()),
-            ", ".join(f"{speed / speeds['1']:.2f}×" for speed in speeds.values()),
+            ", ".join(f"{speed:.0f}" for speed in speeds.values()) + " tokens/s",
+            ", ".join(f"{speed / speeds['1']:.2f}" for speed in speeds.values()) + " times as fast",
         ]
     )
     return rows
@@ -109,7 +109,7 @@ HEADS: dict[str, tuple[list[str], Callable[[dict], list[list[str]]]]] = {
         grouped_conv_rows,
     ),
     "scaling": (
-        ["what is varied", "values", "ms", "ms by value"],
+        ["what is varied", "values", "cost", "cost by value"],
         scaling_rows,
     ),
 }  # fmt: skip
@@ -143,6 +143,13 @@ def note(result: dict) -> str:
     return text
 
 
+ORIGINALS = {
+    "original, derived": "",
+    "original at batch 1, derived": "per context (it takes one at a time)",
+    "original, the whole file, derived": "for the whole file",
+}
+
+
 def speed(results: list[dict]) -> str:
     """What README says of speed: ours over the faster peer and over the original, in one row a
     benchmark."""
@@ -157,11 +164,11 @@ def speed(results: list[dict]) -> str:
         if hf := faster.get("transformers, --search hf"):
             peers += f"; by its own rules {spread(hf, 1, '×')}"
         derived = [
-            spread(ratio, 0, "×") + name.removeprefix("original").removesuffix(", derived")
-            for name, ratio in faster.items()
-            if name.endswith("derived")
+            f"{spread(faster[name], 0, '×')} {what}".strip()
+            for name, what in ORIGINALS.items()
+            if name in faster
         ]
         task = {"train": "training", "decode": "decoding"}[result["benchmark"]]
         name = f"{task}, {result['size']}, batch {result['batch']}"
         rows.append([name, peers, "; ".join(derived)])
-    return grid(["", "over transformers (+ peft)", "over the original, derived"], rows)
+    return grid(["", "over transformers (+ peft)", "over the original (derived)"], rows)

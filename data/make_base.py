@@ -2,7 +2,7 @@
 
 nano  what the repository ships, 3.8 M parameters on generated text, into data/nano (15 to 20
       minutes on one CPU core)
-mini  for experiments, 5.1 M parameters on WebNLG and DART without E2E, into runs/mini (about 45
+mini  for experiments, 5.1 M parameters on WebNLG and DART without E2E, into runs/mini (about 35
       minutes on two cores); it is not to be passed on: WebNLG's licence is for non-commercial use
 
 Makes the text, trains the vocabulary on it, trains the model from random weights with the

@@ -43,11 +43,11 @@ def read_results(folder: Path) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def spread(values: list[float], factor: float = 1, digits: int = 2) -> str:
+def mean_sd(values: list[float | None], factor: float = 1, digits: int = 2) -> str:
     """`mean ± sd` (n - 1 in its denominator), the value alone where it is one, or nothing."""
-    values = [factor * value for value in values]
-    if not values:
+    if not values or None in values:
         return ""
+    values = [factor * value for value in values]
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
@@ -61,10 +61,10 @@ def runs_of(results: list[dict], setting: Setting) -> list[dict]:
 def score_cells(runs: list[dict]) -> list[str]:
     """The columns `SCORE_HEADS`; empty where nothing was run."""
     cells = [
-        spread([r["scores"][name] for r in runs], factor, digits)
+        mean_sd([r["scores"][name] for r in runs], factor, digits)
         for name, (factor, digits) in SCORES.items()
     ]
-    loss = spread([r["valid_loss"]["last"] for r in runs], 1, 3)
+    loss = mean_sd([r["valid_loss"]["last"] for r in runs], 1, 3)
     return [*cells, loss, f"{len(runs)} of {len(SEEDS)}" if runs else ""]
 
 
@@ -95,7 +95,7 @@ def data_table(results: list[dict]) -> str:
     for setting in dict.fromkeys(Setting(rows=s.rows) for s in settings_of("data")):
         runs = runs_of(results, setting)
         epochs = f"{runs[0]['steps'] * runs[0]['batch'] / setting.rows:.1f}" if runs else ""
-        best = spread([r["valid_loss"]["best"] for r in runs], 1, 3)
+        best = mean_sd([r["valid_loss"]["best"] for r in runs], 1, 3)
         rows.append([f"{setting.rows:,}", epochs, *score_cells(runs), best])
     return grid(["training rows", "epochs", *SCORE_HEADS, "best valid loss"], rows)
 
@@ -112,11 +112,9 @@ def budget_table(results: list[dict]) -> str:
     """What a run cost, over all runs."""
     rows = []
     for name in ("training", "decoding", "scoring"):
-        seconds = [r["seconds"][name] for r in results]
+        seconds = [r["seconds"][name] for r in results if r["seconds"][name] is not None]
         middle, low, high = statistics.median(seconds), min(seconds), max(seconds)
         rows.append([name, f"{middle:.0f} ({low:.0f} to {high:.0f})"])
-    hours = sum(sum(r["seconds"].values()) for r in results) / 3600
-    rows.append([f"all {len(results)} runs", f"{hours:.1f} h of one thread"])
     return grid(["part of a run", "seconds, one thread"], rows)
 
 

@@ -45,14 +45,15 @@ def draw_curves(axes: list, color: str, name: str, folder: Path) -> None:
     axes[1].set_yscale("log")
 
 
-def draw_scores(axes: object, scores: dict[str, dict[str, float]]) -> None:
-    """A group of bars a metric, one bar a run; NIST and CIDEr are shown in tenths."""
-    metrics = list(dict.fromkeys(metric for own in scores.values() for metric in own))
+def draw_scores(axes: object, scores: list[dict[str, float]]) -> None:
+    """A group of bars a metric, one bar a run, in the colours of their curves; NIST and CIDEr are
+    shown in tenths."""
+    metrics = list(dict.fromkeys(metric for own in scores for metric in own))
     width = 0.8 / max(len(scores), 1)
-    for i, (name, own) in enumerate(scores.items()):
+    for i, own in enumerate(scores):
         places = [m + i * width for m, metric in enumerate(metrics) if metric in own]
         heights = [own[m] / (10 if m in ("NIST", "CIDEr") else 1) for m in metrics if m in own]
-        axes.bar(places, heights, width, label=name)
+        axes.bar(places, heights, width, color=f"C{i}")
     labels = [f"{m}/10" if m in ("NIST", "CIDEr") else m for m in metrics]
     axes.set_xticks([m + 0.4 - width / 2 for m in range(len(metrics))], labels, fontsize=8)
     axes.set_ylabel("score")
@@ -78,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     *curves, bars = axes.flat
     for i, folder in enumerate(args.runs):
         draw_curves(curves, f"C{i}", str(folder), folder)
-    scores = {str(folder): read_scores(folder) for folder in args.runs}
-    draw_scores(bars, {name: own for name, own in scores.items() if own})
+    draw_scores(bars, [read_scores(folder) for folder in args.runs])
     curves[0].legend(fontsize=8, title="line: training, dots: validation", title_fontsize=8)
     with replacing(args.output, "wb") as file:
         figure.savefig(file, format="png", dpi=110)

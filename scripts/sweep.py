@@ -29,11 +29,12 @@ from files import replacing, write_json  # noqa: E402
 
 RESULTS, RUNS = ROOT / "results" / "e2e-mini", ROOT / "runs" / "sweep"
 SEEDS = (1, 2, 3)
+STEPS = 1000
 ALL_ROWS = 42_061
+ROWS = (100, 500, 4000, ALL_ROWS)
 TARGETS = ("q,v", "all", "fc,proj", "q,k,v,o")
 VALID_ROWS = 400
-# Flags of each kind, and its learning rate: the best of some by the validation loss of 200 steps
-# with seed 0 (LoRA 2.65 at 1e-2 and 2.76 at 5e-3, which all ranks and kinds of LoRA bear).
+# Flags of each kind, and its learning rate; docs/experiments.md says how these were chosen.
 KINDS: dict[str, tuple[list[str], float]] = {
     "lora": ([], 5e-3),
     "rslora": (["--use_rslora"], 5e-3),
@@ -92,7 +93,7 @@ def settings_of(group: str) -> Iterator[Setting]:
             for rank in (1, 4, 16, 64):
                 yield from (Setting(kind, rank, seed) for kind in ("lora", "rslora"))
         if group == "data":
-            yield from (Setting(seed=seed, rows=rows) for rows in (100, 500, 4000, ALL_ROWS))
+            yield from (Setting(seed=seed, rows=rows) for rows in ROWS)
         if group == "targets":
             yield from (Setting(seed=seed, targets=targets) for targets in TARGETS)
 
@@ -105,7 +106,7 @@ def write_splits() -> None:
     source = ROOT / "datasets" / "e2e"
     rows = (source / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     random.Random(0).shuffle(rows)
-    for count in (100, 500, 4000, ALL_ROWS):
+    for count in ROWS:
         write_lines(RUNS / f"train.{count}.jsonl", rows[:count])
     valid = (source / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     write_lines(RUNS / "valid.jsonl", valid[:VALID_ROWS])
@@ -128,6 +129,7 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
         subprocess.CalledProcessError: one of the three failed; its words are in log.txt.
     """
     folder, kind = RUNS / setting.name, KINDS[setting.kind]
+    is_resumed = (folder / "state.pt").exists()
     folder.mkdir(parents=True, exist_ok=True)
     test, predictions = ROOT / "datasets" / "e2e" / "test.jsonl", folder / "predictions.jsonl"
     own = []
@@ -137,7 +139,7 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
     commands = {
         "training": [
             "gpt2_ft.py", *flags(**BASE, **TRAINING), *data, *own, *kind[0],
-            *flags(lr=kind[1], max_step=args.steps, random_seed=setting.seed, work_dir=folder),
+            *flags(lr=kind[1], max_step=STEPS, random_seed=setting.seed, work_dir=folder),
         ],
         "decoding": [
             "gpt2_beam.py", *flags(data=test, adapter=folder, output_file=predictions),
@@ -149,7 +151,7 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
         ],
     }  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    seconds = {}
+    seconds: dict[str, float | None] = {}
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         for name, command in commands.items():
             started = time.monotonic()
@@ -158,11 +160,13 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
                 stderr=subprocess.STDOUT, check=True,
             )  # fmt: skip
             seconds[name] = round(time.monotonic() - started, 1)
+    if is_resumed:
+        seconds["training"] = None
     write_json(setting.result, describe(setting, folder, seconds))
 
 
-def describe(setting: Setting, folder: Path, seconds: dict[str, float]) -> dict:
-    """The result of a run as results/ keeps it."""
+def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -> dict:
+    """The result of a run as results/ keeps it; no seconds of a part that was done in pieces."""
     header, tensors = read_adapter(newest_adapter(folder))
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
@@ -183,7 +187,7 @@ def describe(setting: Setting, folder: Path, seconds: dict[str, float]) -> dict:
         "steps": header["step"],
         "batch": header["settings"]["global_batch"],
         "trainable": sum(t.numel() for n, t in tensors.items() if not n.endswith(frozen or "?")),
-        "scores": {name: round(value, 4) for name, value in scores.items()},
+        "scores": {name: value and round(value, 4) for name, value in scores.items()},
         "valid_loss": {
             "last": curves["valid"][-1][1],
             "best": min(loss for _, loss in curves["valid"]),
@@ -217,7 +221,6 @@ def main() -> int:
     parser.add_argument("groups", nargs="*", default=groups, help=f"of {', '.join(groups)}")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each (default: 1)")
-    parser.add_argument("--steps", type=int, default=1000, help="of each run (default: 1000)")
     parser.add_argument("--dry_run", action="store_true", help="list what is done and what is not")
     args = parser.parse_args()
     if unknown := set(args.groups) - set(groups):

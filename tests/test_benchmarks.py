@@ -72,7 +72,7 @@ def test_what_is_varied_has_a_row_each(benchmark, tmp_path, monkeypatch) -> None
         "| training: rows", "| training: rank", "| decoding: beam",
         "| training: processes of one thread",
     ]  # fmt: skip
-    assert "1.00×, 2.00×" in lines[5]
+    assert "1.00, 2.00 times as fast" in lines[5]
 
 
 def test_needed_work_counts_products_behind_the_last_attention_for_counted_tokens_only(

@@ -1,13 +1,11 @@
 """What only a GPU can show. Run these first on a machine that has one."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tiny
+from conftest import Tiny, finish, start
 
-import gpt2_ft
 from model import GPT2Config, GPT2LMModel
 
 pytestmark = pytest.mark.skipif(
@@ -16,9 +14,11 @@ pytestmark = pytest.mark.skipif(
 SETTINGS = ("--lora_dropout=0", "--log_interval=1", "--max_step=6", "--valid_samples=0")
 
 
-def losses(tiny: Tiny, work_dir: Path, *flags: str) -> list[float]:
-    gpt2_ft.main([*tiny.argv(work_dir), *SETTINGS, *flags])
-    lines = (work_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+def losses(nano: Tiny, work_dir: str, *flags: str) -> list[float]:
+    """Of a run in a process of its own: what --deterministic sets is read once and stays."""
+    code, _, err = finish(start(["gpt2_ft.py", *nano.argv(work_dir), *SETTINGS, *flags]))
+    assert code == 0, err
+    lines = (nano.folder / work_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
 
 
@@ -33,19 +33,19 @@ def losses(tiny: Tiny, work_dir: Path, *flags: str) -> list[float]:
     ],
 )
 def test_losses_on_a_gpu_are_those_of_a_cpu(
-    tiny: Tiny, tmp_path: Path, flags: tuple[str, ...], tolerance: float
+    nano: Tiny, flags: tuple[str, ...], tolerance: float
 ) -> None:
     own = [flag for flag in flags if flag.startswith("--optimizer")]
-    expected = losses(tiny, tmp_path / "cpu", "--device=cpu", *own)
-    found = losses(tiny, tmp_path / "gpu", "--device=cuda", *flags)
+    expected = losses(nano, "cpu", "--device=cpu", *own)
+    found = losses(nano, "gpu", "--device=cuda", *flags)
     assert found == pytest.approx(expected, abs=tolerance)
 
 
-def test_a_run_on_a_gpu_resumes_with_its_dropout(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_resumes_with_its_dropout(nano: Tiny) -> None:
     flags = ("--device=cuda", "--deterministic", "--lora_dropout=0.5", "--scheduler=constant")
-    whole = losses(tiny, tmp_path / "whole", *flags)
-    losses(tiny, tmp_path / "parts", *flags, "--max_step=3")
-    parts = losses(tiny, tmp_path / "parts", *flags, "--resume=auto", "--resume_anyway")
+    whole = losses(nano, "whole", *flags)
+    losses(nano, "parts", *flags, "--max_step=3")
+    parts = losses(nano, "parts", *flags, "--resume=auto", "--resume_anyway")
     assert parts == pytest.approx(whole, abs=1e-6)
 
 

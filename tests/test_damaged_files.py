@@ -43,7 +43,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_checkpoints_are_refused_by_name_or_hold_what_they_say(
+def test_damaged_checkpoints_are_refused_by_name_or_read_without_a_crash(
     name: str, tiny: Tiny
 ) -> None:
     state, path = random_base(TINY_CARD), tiny.folder / name
@@ -95,8 +95,7 @@ def test_a_damaged_adapter_is_refused_or_is_what_was_saved(tiny: Tiny) -> None:
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
     path = tiny.folder / "run" / "model.3.safetensors"
     data, (header, tensors) = path.read_bytes(), checkpoint.read_adapter(path)
-    names_of_the_seal = range(data.index(b"sha256"), data.index(b"sha256") + 6)
-    places = set(range(0, len(data), max(1, len(data) // (400 * FUZZ)))) - {*names_of_the_seal}
+    places = range(0, len(data), max(1, len(data) // (400 * FUZZ)))
     refused = 0
     for place in places:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])

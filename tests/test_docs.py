@@ -169,8 +169,19 @@ def test_both_readmes_have_the_same_commands_tables_and_sections() -> None:
     for pattern in (r"^#+ ", r"<!-- table: \w+ -->", r"\]\((?!README)[^)]+\)", r"^\|[ :-]*---.*"):
         english, chinese = (re.findall(pattern, text, re.MULTILINE) for text in texts)
         assert english == chinese
+    numbers = [re.findall(r"\d[\d.,]*", line) for text in texts for line in table_lines(text)]
+    assert numbers[: len(numbers) // 2] == numbers[len(numbers) // 2 :]
     files = [re.findall(r"^    ([\w./]+)  ", text, re.MULTILINE) for text in texts]
     assert files[0] == files[1]
+
+
+def table_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_waits_for_its_text(page: Path) -> None:
+    assert not re.findall(r"^[A-Z]+-[A-Z]+$|TODO|FIXME", page.read_text(encoding="utf-8"), re.M)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -11,7 +11,6 @@ from errors import InputError
 from scripts import figures, make_tables, plot_run
 from scripts.sweep import Setting
 
-pytest.importorskip("matplotlib", reason="draws the figures")
 SWEEP = make_tables.read_results(ROOT / "results" / "e2e-mini")
 
 

@@ -169,8 +169,9 @@ def test_both_readmes_have_the_same_commands_tables_and_sections() -> None:
     for pattern in (r"^#+ ", r"<!-- table: \w+ -->", r"\]\((?!README)[^)]+\)", r"^\|[ :-]*---.*"):
         english, chinese = (re.findall(pattern, text, re.MULTILINE) for text in texts)
         assert english == chinese
-    numbers = [re.findall(r"\d[\d.,]*", line) for text in texts for line in table_lines(text)]
-    assert numbers[: len(numbers) // 2] == numbers[len(numbers) // 2 :]
+    for lines in zip(*map(table_lines, texts), strict=True):
+        numbers = [sorted(re.findall(r"\d[\d.,]*", line)) for line in lines]
+        assert numbers[0] == numbers[1]
     files = [re.findall(r"^    ([\w./]+)  ", text, re.MULTILINE) for text in texts]
     assert files[0] == files[1]
 

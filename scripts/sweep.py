@@ -28,6 +28,7 @@ from errors import InputError, run  # noqa: E402
 from files import replacing, write_json  # noqa: E402
 
 RESULTS, RUNS = ROOT / "results" / "e2e-mini", ROOT / "runs" / "sweep"
+DATASET = ROOT / "datasets" / "e2e"
 SEEDS = (1, 2, 3)
 STEPS = 1000
 ALL_ROWS = 42_061
@@ -101,14 +102,13 @@ def settings_of(group: str) -> Iterator[Setting]:
 def write_splits() -> None:
     """Training rows in one order for all runs, of which each takes the first so many, and the
     first validation rows."""
-    if not (ROOT / "datasets" / "e2e" / "train.jsonl").is_file():
+    if not (DATASET / "train.jsonl").is_file():
         subprocess.run(["bash", "scripts/create_datasets.sh", "e2e"], cwd=ROOT, check=True)
-    source = ROOT / "datasets" / "e2e"
-    rows = (source / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = (DATASET / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     random.Random(0).shuffle(rows)
     for count in ROWS:
         write_lines(RUNS / f"train.{count}.jsonl", rows[:count])
-    valid = (source / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    valid = (DATASET / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     write_lines(RUNS / "valid.jsonl", valid[:VALID_ROWS])
 
 
@@ -131,7 +131,7 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
     folder, kind = RUNS / setting.name, KINDS[setting.kind]
     is_resumed = (folder / "state.pt").exists()
     folder.mkdir(parents=True, exist_ok=True)
-    test, predictions = ROOT / "datasets" / "e2e" / "test.jsonl", folder / "predictions.jsonl"
+    test, predictions = DATASET / "test.jsonl", folder / "predictions.jsonl"
     own = []
     if setting.adapter_rank:
         own = flags(lora_dim=setting.rank, lora_targets=setting.targets)
@@ -201,11 +201,11 @@ def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -
 
 
 def attempt(setting: Setting, args: argparse.Namespace) -> bool:
-    """Whether the run succeeded; says how it went."""
+    """Whether the run succeeded; says how it went. One that fails does not stop the others."""
     try:
         perform(setting, args)
-    except subprocess.CalledProcessError:
-        print(f"{setting.name} failed; see {RUNS / setting.name / 'log.txt'}", flush=True)
+    except (subprocess.CalledProcessError, InputError) as error:
+        print(f"{setting.name} failed: {error}; see {RUNS / setting.name}/log.txt", flush=True)
         return False
     result = json.loads(setting.result.read_text(encoding="utf-8"))
     print(f"{setting.name}: {result['scores']} in {result['seconds']}", flush=True)

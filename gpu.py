@@ -167,8 +167,8 @@ def _absent_ranks(args: argparse.Namespace, store: dist.Store) -> set[int]:
         while absent and time.monotonic() < deadline:
             absent -= {rank for rank in absent if store.check([f"{rank} is alone"])}
             time.sleep(0.02)
-    except RuntimeError:  # the store went with the process that held it
-        return {0}
+    except RuntimeError:  # the store went with rank 0, which held it
+        return absent if 0 not in absent else {0}
     return absent
 
 

@@ -155,6 +155,30 @@ def test_a_rank_that_is_lost_is_named_in_a_sentence_within_the_stated_time(
         )
 
 
+class StoreThatGoes:
+    """Says that ranks 0 and 1 are alone, if they are told to, and is then gone."""
+
+    def __init__(self, alone: set[int]) -> None:
+        self.alone, self.asked = alone, 0
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked += 1
+        if self.asked > 3:
+            raise RuntimeError("Broken pipe")
+        return int(keys[0].split()[0]) in self.alone
+
+
+@pytest.mark.parametrize("alone, absent", [({0, 1}, {2}), ({1}, {0})])
+def test_a_store_that_goes_with_rank_0_does_not_hide_who_was_lost_before(
+    alone: set[int], absent: set[int]
+) -> None:
+    args = gpu.argparse.Namespace(world_size=3, rank=1)
+    assert gpu._absent_ranks(args, StoreThatGoes(alone)) == absent
+
+
 def test_each_start_of_the_group_has_a_name_of_its_own_in_one_store() -> None:
     store, names = dist.HashStore(), []
     for _ in range(3):

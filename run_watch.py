@@ -4,11 +4,10 @@ layer has moved, and what the model writes for a few validation rows.
 Watching draws no random number and changes no tensor of the run.
 """
 
-import math
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gpu
 import loralib as lora
@@ -45,50 +44,10 @@ def show_validation(run: Run) -> None:
 def update_norms(model: nn.Module) -> dict[str, float]:
     """Frobenius norm of what each adapted layer adds to its W0, by the layer's name."""
     return {
-        name.removeprefix("transformer."): update_norm(layer)
+        name.removeprefix("transformer."): float(torch.linalg.norm(layer.update()))
         for name, layer in model.named_modules()
         if isinstance(layer, lora.LoRALayer) and layer.adapted
     }
-
-
-@torch.no_grad()
-def update_norm(layer: lora.LoRALayer) -> float:
-    """‖ΔW‖, Frobenius, of one layer, in float64, without making ΔW.
-
-    Row i of s·BA, for row b of B, has the squared norm s² b (AAᵀ) bᵀ; over all rows that is
-    s² Σ (BᵀB) ∘ (AAᵀ). PiSSA's ΔW = s (BA - B₀A₀) is one product of rank 2r, written so that
-    nothing cancels: [B - B₀, B₀] [A; A - A₀].
-    """
-    a, b = layer.lora_A.double(), layer.lora_B.double()
-    parts = list(zip(a.split(layer.lora_B.size(1)), b.chunk(len(a) // b.size(1)), strict=True))
-    if layer.kind == "pissa":
-        a0, b0 = layer.lora_A0.double(), layer.lora_B0.double()
-        starts = zip(a0.split(layer.r), b0.chunk(len(parts)), strict=True)
-        parts = [
-            (torch.cat((a_i, a_i - a0_i)), torch.cat((b_i - b0_i, b0_i), dim=1))
-            for (a_i, b_i), (a0_i, b0_i) in zip(parts, starts, strict=True)
-        ]
-    squares = [layer.scaling**2 * ((b_i @ (a_i @ a_i.T)) * b_i).sum(dim=1) for a_i, b_i in parts]
-    if layer.kind == "dora":
-        squares = _stretched(layer, parts, squares)
-    return math.sqrt(sum(float(rows.sum()) for rows in squares))
-
-
-def _stretched(
-    layer: lora.Linear, parts: list[tuple[Tensor, Tensor]], updates: list[Tensor]
-) -> list[Tensor]:
-    """Squared norms of DoRA's rows: ΔW's row is (g - 1) w + g u, with w the row of W0, u that of
-    s·BA, of squared norm `updates`, and g = magnitude / ‖w + u‖."""
-    weight = layer.base_weight.T if layer.fan_in_fan_out else layer.base_weight
-    enabled = zip(layer.enable_lora, weight.double().split(layer.part), strict=True)
-    adapted = [rows for is_enabled, rows in enabled if is_enabled]
-    magnitudes = layer.lora_magnitude.double().split(layer.part)
-    squares = []
-    for rows, (a, b), u, magnitude in zip(adapted, parts, updates, magnitudes, strict=True):
-        w, wu = rows.square().sum(dim=1), layer.scaling * ((rows @ a.T) * b).sum(dim=1)
-        g = magnitude / (w + 2 * wu + u).sqrt()
-        squares.append((g - 1) ** 2 * w + 2 * g * (g - 1) * wu + g**2 * u)
-    return squares
 
 
 def sample_texts(run: Run) -> dict[str, str]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 
@@ -32,14 +33,25 @@ SEARCH = {"contexts": (1, 2, 4, 8, 16, 32), "beam": (1, 2, 5, 10, 20)}
 Case = tuple[str, str, int]
 
 
+@cache
+def adapted_model(size: str, rank: int) -> GPT2LMModel:
+    torch.manual_seed(0)
+    settings = {"lora_attn_dim": rank, "lora_attn_alpha": 32, "lora_dropout": 0.1}
+    model = GPT2LMModel(GPT2Config(**common.model_shape(size), **settings)).train()
+    lora.mark_only_lora_as_trainable(model)
+    return model
+
+
+@cache
+def packed_model(size: str) -> GPT2LMModel:
+    torch.manual_seed(0)
+    return GPT2LMModel(GPT2Config(**common.model_shape(size))).eval().pack()
+
+
 def training_step(size: str, rows: int, tokens: int, rank: int) -> Callable[[], object]:
     """Forward and backward of random rows, of which the second half counts, as in E2E."""
-    torch.manual_seed(0)
-    shape = common.model_shape(size)
-    settings = {"lora_attn_dim": rank, "lora_attn_alpha": 32, "lora_dropout": 0.1}
-    model = GPT2LMModel(GPT2Config(**shape, **settings)).train()
-    lora.mark_only_lora_as_trainable(model)
-    ids = torch.randint(shape["vocab_size"], (rows, tokens + 1))
+    model = adapted_model(size, rank)
+    ids = torch.randint(model.config.vocab_size, (rows, tokens + 1))
     mask = torch.zeros(rows, tokens)
     mask[:, tokens // 2 :] = 1
     return lambda: model(ids[:, :-1], ids[:, 1:], mask, 0.1)[1].backward()
@@ -47,10 +59,8 @@ def training_step(size: str, rows: int, tokens: int, rank: int) -> Callable[[], 
 
 def search(size: str, contexts: int, beam: int) -> Callable[[], object]:
     """Random weights: no text ends before its 16 tokens."""
-    torch.manual_seed(0)
-    shape = common.model_shape(size)
-    model = GPT2LMModel(GPT2Config(**shape)).eval().pack()
-    prompts = list(torch.randint(shape["vocab_size"], (contexts, 32)))
+    model = packed_model(size)
+    prompts = list(torch.randint(model.config.vocab_size, (contexts, 32)))
     settings = SearchSettings(beam=beam, eval_len=16)
     return lambda: beam_search(model, prompts, settings, contexts)
 

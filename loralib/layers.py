@@ -144,6 +144,12 @@ class LoRALayer:
         """W0 + delta"""
         return base + self.delta(a, b)
 
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """By how much merging changes W0, in its shape and in float64."""
+        base, *adapter = (tensor.double() for tensor in self._sources())
+        return self.folded(base, *adapter) - base
+
     def unmerge(self) -> None:
         """Show W0 as `weight` again, bit for bit: nothing was ever written to it."""
         if self.merged:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from files import replacing
 from scripts.sweep import ALL_ROWS, TARGETS
 
 Series = dict[str, list[tuple[float, float, float, float]]]  # name: x, mean, least, greatest
@@ -133,6 +134,7 @@ def draw(path: Path, results: Results) -> None:
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={SOURCE: digest(path.stem, results)})
+    with replacing(path, "wb") as file:
+        metadata = {SOURCE: digest(path.stem, results)}
+        figure.savefig(file, format="png", dpi=120, metadata=metadata)
     plt.close(figure)

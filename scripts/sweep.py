@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import newest_adapter, read_adapter  # noqa: E402
+from checkpoint import read_adapter  # noqa: E402
 from errors import InputError, run  # noqa: E402
-from files import replacing, write_json  # noqa: E402
+from files import read_json_lines, replacing, write_json  # noqa: E402
 
 RESULTS, RUNS = ROOT / "results" / "e2e-mini", ROOT / "runs" / "sweep"
 DATASET = ROOT / "datasets" / "e2e"
@@ -113,7 +113,6 @@ def write_splits() -> None:
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.writelines(lines)
 
@@ -167,16 +166,14 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
 
 def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -> dict:
     """The result of a run as results/ keeps it; no seconds of a part that was done in pieces."""
-    header, tensors = read_adapter(newest_adapter(folder))
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    header, _ = read_adapter(folder)
+    records = read_json_lines(folder / "log.jsonl")
     curves = {
         kind: [[r["step"], round(r["loss"], 4)] for r in records if r["kind"] == kind]
         for kind in ("train", "valid")
     }
     run_json = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["scores"]
-    frozen = {"lora_fa": ("lora_A",), "pissa": ("lora_A0", "lora_B0")}.get(header["kind"], ())
     return {
         "kind": setting.kind,
         "rank": setting.adapter_rank,
@@ -186,7 +183,7 @@ def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -
         "lr": KINDS[setting.kind][1],
         "steps": header["step"],
         "batch": header["settings"]["global_batch"],
-        "trainable": sum(t.numel() for n, t in tensors.items() if not n.endswith(frozen or "?")),
+        "trainable": run_json["settings"]["trained_parameters"],
         "scores": {name: value and round(value, 4) for name, value in scores.items()},
         "valid_loss": {
             "last": curves["valid"][-1][1],

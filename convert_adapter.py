@@ -26,13 +26,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import checkpoint
+import checkpoints
 import loralib as lora
-import peft_adapter
+from checkpoints import peft as peft_adapter
+from common.errors import InputError, Parser
+from common.errors import run as run_program
+from common.files import replacing, write_json
 from data_utils import END_OF_TEXT, load_tokenizer, vocabulary_files
-from errors import InputError, Parser
-from errors import run as run_program
-from files import replacing, write_json
 from model import MODEL_CARDS, GPT2LMModel
 
 
@@ -57,7 +57,7 @@ def describe(
     """The adapter's header, completed with what the model and the base say."""
     config = model.config
     known = {
-        "format": checkpoint.FORMAT_VERSION,
+        "format": checkpoints.FORMAT_VERSION,
         "kind": "lora",
         "r": config.lora_attn_dim,
         "alpha": config.lora_attn_alpha,
@@ -68,25 +68,25 @@ def describe(
         "step": 0,
     } | (header or {})
     if not known.get("model_card"):
-        known |= {"model_card": args.model_card or checkpoint.card_of(model.state_dict())}
+        known |= {"model_card": args.model_card or checkpoints.card_of(model.state_dict())}
     if not known.get("base", {}).get("fingerprint"):
         known["base"] = {
             "name": Path(args.init_checkpoint).name,
-            "fingerprint": checkpoint.base_fingerprint(base),
+            "fingerprint": checkpoints.base_fingerprint(base),
         }
     return known
 
 
 def adapter_tensors(args: argparse.Namespace, model: GPT2LMModel) -> dict[str, Tensor]:
     """What the adapter's file holds, in the model's names and ranks."""
-    _, read = checkpoint.read_adapter(args.adapter)
+    _, read = checkpoints.read_adapter(args.adapter)
     own = dict(model.named_parameters())
     names = {name for name in read if name in own} | lora.lora_state_dict(model).keys()
     return {name: own[name].detach() for name in sorted(names)}
 
 
 def write_safetensors(args: argparse.Namespace, model: GPT2LMModel, header: dict) -> None:
-    checkpoint.save_adapter(args.output, adapter_tensors(args, model), header)
+    checkpoints.save_adapter(args.output, adapter_tensors(args, model), header)
 
 
 def write_pt(args: argparse.Namespace, model: GPT2LMModel, header: dict) -> None:
@@ -111,7 +111,7 @@ def write_peft(args: argparse.Namespace, model: GPT2LMModel, header: dict) -> No
         raise InputError(f"--to peft: {header['kind']} training has no adapter; give --to merged")
     biases = any(name.endswith("bias") for name in adapter_tensors(args, model))
     config, tensors, metadata = peft_adapter.write(model, header, biases)
-    config_name, tensors_name = checkpoint.PEFT_FILES
+    config_name, tensors_name = checkpoints.PEFT_FILES
     write_tensors(Path(args.output) / tensors_name, tensors, metadata)
     write_json(Path(args.output) / config_name, config)
 
@@ -199,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with the given or the command line's arguments."""
     args = build_parser().parse_args(argv)
     args.device = torch.device("cpu")
-    base = checkpoint.read_base(args.init_checkpoint)
-    model, header = checkpoint.load_with_adapter(args, base)
+    base = checkpoints.read_base(args.init_checkpoint)
+    model, header = checkpoints.load_with_adapter(args, base)
     header = describe(args, model, header, base)
     WRITERS[args.to](args, model.eval(), header)
     print(f"{args.adapter} ({header['kind']}, r {header['r']}) written to {args.output}")

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from errors import InputError
-from files import read_json_lines
+from common.errors import InputError
+from common.files import read_json_lines
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))

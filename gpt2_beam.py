@@ -22,9 +22,11 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-import checkpoint
+import checkpoints
 import gpu
-from beam_search import Hypothesis, SearchSettings, beam_search
+from common.errors import InputError
+from common.errors import run as run_program
+from common.files import read_json_lines, replacing
 from data_utils import (
     END_OF_TEXT,
     FT_Dataset,
@@ -32,9 +34,7 @@ from data_utils import (
     load_tokenizer,
     vocabulary_fingerprint,
 )
-from errors import InputError
-from errors import run as run_program
-from files import read_json_lines, replacing
+from decoding.beam_search import Hypothesis, SearchSettings, beam_search
 from model import MODEL_CARDS, GPT2LMModel
 
 ROOT = Path(__file__).resolve().parent
@@ -296,13 +296,13 @@ def decode(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
     if not args.init_checkpoint:
         raise InputError("--init_checkpoint is missing: an adapter means nothing without its base")
-    base = checkpoint.read_base(args.init_checkpoint)
+    base = checkpoints.read_base(args.init_checkpoint)
     tasks = tasks_of_rows(args)
     best: list[list[Hypothesis]] = [[]] * len(tasks)
     searches, seconds = 0, 0.0
     for task in dict.fromkeys(tasks):
         args.adapter = args.adapters[task]
-        model, header = checkpoint.load_for_decoding(args, base)
+        model, header = checkpoints.load_for_decoding(args, base)
         if tokenizer is not None:
             check_vocabulary(args, tokenizer, model, header)
         settings = search_settings(args, tokenizer, model.config.vocab_size)

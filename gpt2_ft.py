@@ -23,15 +23,16 @@ from torch import nn
 
 import gpu
 import loralib as lora
+from common.errors import InputError, Parser
+from common.errors import run as run_program
 from data_utils import FT_Dataset
-from errors import InputError, Parser
-from errors import run as run_program
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 from optimizer import add_optimizer_params
-from run_log import RunLog, choose_work_dir, lock
-from run_setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes, show_plan
-from run_state import AverageMeter, Run, check_equal_states, find_state, save, write_adapter
-from run_watch import show_settings, show_validation
+from training.log import RunLog
+from training.resume import check_equal_states, choose_work_dir, find_state, lock, save
+from training.run import AverageMeter, Run, write_adapter
+from training.setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes, show_plan
+from training.tensorboard import show_settings, show_validation
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"

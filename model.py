@@ -1,4 +1,4 @@
-"""GPT-2 with low-rank adapters, its sizes, its loss, its decoding cache and its weight loading.
+"""GPT-2 with low-rank adapters, its sizes, its loss and its decoding cache.
 
 Radford et al. 2019 (GPT-2) and Hu et al. 2021 (LoRA, arXiv 2106.09685, section 4.2).
 
@@ -9,7 +9,7 @@ Every linear map is a LoRA layer: with rank 0 it is a plain frozen one. Weights 
 GPT-2's published files store them, (in, out), so nothing is transposed on loading.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
-from errors import InputError
 from loss import smoothed_cross_entropy
 
 MODEL_CARDS: dict[str, dict[str, int]] = {
@@ -421,93 +420,3 @@ class GPT2LMModel(nn.Module):
                 self.set_submodule(name, PackedLinear(weight, layer.bias))
             self.packed_head = PackedLinear(self.head_weight, None)
         return self
-
-    def load_weight(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load base weights, with or without an adapter, under any of the names in use.
-
-        Takes what HF's GPT-2 files, the original's `.pt` files and `state_dict()` hold. Adapter
-        tensors may be absent from the file; all else must be there, fit, and be known.
-
-        Raises:
-            InputError: names the first tensors that are missing, unknown or of another shape.
-        """
-        state = canonical_names(state_dict)
-        own = self.state_dict()
-        unknown = sorted(state.keys() - own.keys())
-        missing = sorted(own.keys() - state.keys())
-        if not any("lora_" in name for name in state):
-            missing = [name for name in missing if "lora_" not in name]
-        _refuse(unknown, "tensors this model does not have; is --model_card or --lora_dim right?")
-        _refuse(missing, "missing tensors; a base checkpoint must hold the whole model")
-        for name, tensor in state.items():
-            if tensor.shape != own[name].shape:
-                raise InputError(
-                    f"tensor {name} has shape {list(tensor.shape)} in the checkpoint but "
-                    f"{list(own[name].shape)} in the model; is --model_card or --lora_dim right?"
-                )
-            if not tensor.is_floating_point():
-                raise InputError(f"tensor {name} holds {tensor.dtype}, not floating-point weights")
-        self.load_state_dict(state, strict=False)
-
-
-def _refuse(names: list[str], problem: str) -> None:
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise InputError(f"the checkpoint has {problem} ({', '.join(names[:3])}{more})")
-
-
-OLD_SUFFIXES = {".g": ".weight", ".b": ".bias", ".w": ".weight"}
-
-
-def canonical_name(name: str) -> str:
-    """The name under which `GPT2LMModel.state_dict()` holds a tensor of a known file format."""
-    for prefix in ("module.", "_orig_mod.", "module.", "transformer."):
-        name = name.removeprefix(prefix)
-    if name[-2:] in OLD_SUFFIXES:
-        name = name[:-2] + OLD_SUFFIXES[name[-2:]]
-    return f"transformer.{name}"
-
-
-def _as_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with adapters of older layouts under today's names and shapes.
-
-    The first release of the original code kept q and v apart, as `q_proj_adapter1` (A) and
-    `q_proj_adapter2` (B); B may be stored as the weight of a convolution, (out, r, 1).
-    """
-    for name in [name for name in state if name.endswith(".q_proj_adapter1.weight")]:
-        attention = name.removesuffix("q_proj_adapter1.weight")
-        for number, new in (("1", "lora_A"), ("2", "lora_B")):
-            old = [f"{attention}{part}_proj_adapter{number}.weight" for part in "qv"]
-            if missing := [key for key in old if key not in state]:
-                raise InputError(f"the adapter lacks tensor {missing[0]}")
-            state[f"{attention}c_attn.{new}"] = torch.cat([state.pop(key) for key in old])
-    for name, tensor in state.items():
-        if name.endswith(".lora_B") and tensor.dim() == 3 and tensor.size(2) == 1:
-            state[name] = tensor.squeeze(2)
-    return state
-
-
-def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A new dict with this model's names, without stored causal masks and the tied head.
-
-    Raises:
-        InputError: the head is not tied to the embedding, or two names mean one tensor.
-    """
-    state_dict = state_dict.get("model_state_dict", state_dict)
-    state: dict[str, Tensor] = {}
-    heads: list[Tensor] = []
-    for key, tensor in state_dict.items():
-        name = canonical_name(key)
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        if name in ("transformer.lm_head.weight", "transformer.lm_head.decoder.weight"):
-            heads.append(tensor)
-            continue
-        if name in state:
-            raise InputError(f"the checkpoint holds tensor {name} twice, the second time as {key}")
-        state[name] = tensor
-    embedding = state.get("transformer.wte.weight")
-    for head in heads:
-        if embedding is None or not torch.equal(head, embedding):
-            raise InputError("tensor lm_head.weight differs from wte.weight; GPT-2's head is tied")
-    return _as_lora(state)

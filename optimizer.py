@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from errors import InputError
+from common.errors import InputError
 
 SCHEDULERS = ("linear", "cosine", "inv_sqrt", "constant", "cycle")
 

@@ -1,6 +1,6 @@
 """What both benchmarks share: data, peers in processes of their own, statistics, the result file.
 
-A peer is `python benchmarks/NAME_peers.py PEER SETTINGS.json`. It reads one JSON request a line and
+A peer is `python -m benchmarks.NAME_peers PEER SETTINGS.json`. It reads one JSON request a line and
 answers each with one JSON line: `losses` or `outputs`, `seconds`, `rss` (peak, MB). Only one peer
 works at a time, in rounds, so that whatever else the machine does falls on all of them alike.
 """
@@ -15,17 +15,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 
+import torch
+from safetensors.torch import save_file
+
+from common.files import write_json
+from data.convert_e2e import e2e_rows
+from data_utils import END_OF_TEXT, load_tokenizer, read_rows
+from gpu import peak_resident_bytes
+from model import MODEL_CARDS, GPT2Config, GPT2LMModel
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-from data.convert_e2e import e2e_rows  # noqa: E402
-from data_utils import END_OF_TEXT, load_tokenizer, read_rows  # noqa: E402
-from files import write_json  # noqa: E402
-from gpu import peak_resident_bytes  # noqa: E402
-from model import MODEL_CARDS, GPT2Config, GPT2LMModel  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 NANO = ROOT / "data" / "nano"
@@ -36,12 +35,13 @@ RESULTS = ROOT / "results" / "bench"
 class Peer:
     """A peer that has been started and waits for requests."""
 
-    def __init__(self, script: str, name: str, settings: Path, threads: int) -> None:
+    def __init__(self, module: str, name: str, settings: Path, threads: int) -> None:
         self.name = name
         environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / script), name, str(settings)],
+            [sys.executable, "-m", module, name, str(settings)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | environment | quiet,

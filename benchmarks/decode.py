@@ -1,7 +1,7 @@
 """Decoding speed beside transformers' generate, on the same contexts, in one run.
 
-    python benchmarks/decode.py                     gpt2.sm with random weights: all 64 steps
-    python benchmarks/decode.py --size small        4 layers, 256 wide, trained here: texts end
+    python -m benchmarks.decode                     gpt2.sm with random weights: all 64 steps
+    python -m benchmarks.decode --size small        4 layers, 256 wide, trained here: texts end
 
 In each round all sequences of `--search hf` must equal transformers', and before, where ../shared
 is there, those of `--search original` the original code's. The result goes to results/bench/.
@@ -15,15 +15,14 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import common
-import decode_peers
 import torch
 from safetensors.torch import load_file, save_file
 
 import gpt2_ft
 import gpu
-from files import read_json_lines
-from run_setup import prepare
+from benchmarks import common, decode_peers
+from common.files import read_json_lines
+from training.setup import prepare
 
 NAMES = ("ours", "ours-hf", "transformers")
 RULES = {
@@ -100,7 +99,7 @@ def time_peers(settings: dict, path: Path, contexts: list[list[int]]) -> dict:
     with ExitStack() as stack:
         peers = {
             name: stack.enter_context(
-                common.Peer("decode_peers.py", name, path, settings["threads"])
+                common.Peer("benchmarks.decode_peers", name, path, settings["threads"])
             )
             for name in (*NAMES, "gemm")
         }

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from time import perf_counter
 
-import common
 import torch
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
+import checkpoints
 import gpu
-from beam_search import SearchSettings, beam_search
+from benchmarks import common
+from decoding.beam_search import SearchSettings, beam_search
 from model import GPT2Config, GPT2LMModel
 
 Work = Callable[[list[list[int]]], dict]
@@ -21,7 +22,7 @@ def ours(search: str) -> Callable[[dict], Work]:
     def make(settings: dict) -> Work:
         gpu.reuse_freed_memory()
         model = GPT2LMModel(GPT2Config(**settings["shape"]))
-        model.load_weight(load_file(settings["base"]))
+        checkpoints.load_weights(model, load_file(settings["base"]))
         model.eval().pack()
         rules = SearchSettings(search=search, **settings["rules"])
 

@@ -1,7 +1,7 @@
 """B of a MergedLinear three ways: the original's grouped convolution, one dense block-diagonal
 matrix, and the products apart that loralib/ has.
 
-    python benchmarks/grouped_conv.py
+    python -m benchmarks.grouped_conv
 
 Each takes the same (tokens, parts · r) from A, forward and backward; outputs and gradients must
 agree. The result goes to results/bench/.
@@ -11,10 +11,11 @@ import argparse
 import os
 from time import perf_counter
 
-import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks import common
 
 WIDTHS = {"sm": 768, "md": 1024}
 TOKENS, PARTS = 480, 2  # a batch of E2E; query and value

@@ -1,6 +1,6 @@
 """What a training step and a search cost against rows, their length, rank, beams and processes.
 
-    python benchmarks/scaling.py                 a small model;  --size sm: gpt2.sm, takes long
+    python -m benchmarks.scaling                 a small model;  --size sm: gpt2.sm, takes long
 
 One thing is varied at a time about a middle: 8 rows of 64 tokens, r 4; 8 contexts of 32 tokens,
 beam 10, 16 new tokens. All cases take turns. The result goes to results/bench/.
@@ -17,12 +17,12 @@ from functools import cache
 from pathlib import Path
 from time import perf_counter
 
-import common
 import torch
 
 import gpu
 import loralib as lora
-from beam_search import SearchSettings, beam_search
+from benchmarks import common
+from decoding.beam_search import SearchSettings, beam_search
 from model import GPT2Config, GPT2LMModel
 
 MIDDLE = {"rows": 8, "tokens": 64, "rank": 4}

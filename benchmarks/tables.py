@@ -1,4 +1,4 @@
-"""The tables of results/bench/, which scripts/make_tables.py puts into docs and README."""
+"""The tables of results/bench/, which experiments/tables.py puts into docs and README."""
 
 from collections.abc import Callable
 

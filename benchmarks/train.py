@@ -1,10 +1,10 @@
 """Training speed beside transformers + peft and the original, on the same samples, in one run.
 
-    python benchmarks/train.py                   gpt2.sm;  --size small: 4 layers, 256 wide
-    LORA_ORIGINAL=LoRA/examples/NLG/src python benchmarks/train.py      the original code too
+    python -m benchmarks.train                   gpt2.sm;  --size small: 4 layers, 256 wide
+    LORA_ORIGINAL=LoRA/examples/NLG/src python -m benchmarks.train      the original code too
 
 First, without dropout, the losses of all peers must agree step by step; then they are timed with
-dropout 0.1. The result goes to results/bench/, from where scripts/make_tables.py makes the tables.
+dropout 0.1. The result goes to results/bench/, from where experiments/tables.py makes the tables.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import common
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import common
 from data_utils import EpochSampler, FT_Dataset
 
 PEERS = ("peft-sdpa", "peft-eager", "peft-select")
@@ -74,7 +74,7 @@ def check_losses(peers: list[str], settings: dict, folder: Path, batches: list) 
     path.write_text(json.dumps(settings | {"dropout": 0.0}), encoding="utf-8")
     losses = {}
     for name in peers:
-        with common.Peer("train_peers.py", name, path, settings["threads"]) as peer:
+        with common.Peer("benchmarks.train_peers", name, path, settings["threads"]) as peer:
             losses[name] = peer.ask(batches)["losses"]
     errors = {
         name: max(abs(a - b) for a, b in zip(losses["ours"], losses[name], strict=True))
@@ -96,7 +96,7 @@ def time_peers(names: list[str], settings: dict, folder: Path, batches: list) ->
     with ExitStack() as stack:
         peers = {
             name: stack.enter_context(
-                common.Peer("train_peers.py", name, path, settings["threads"])
+                common.Peer("benchmarks.train_peers", name, path, settings["threads"])
             )
             for name in (*names, "gemm")
         }

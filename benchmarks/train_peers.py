@@ -9,17 +9,17 @@ import sys
 from collections.abc import Callable
 from time import perf_counter
 
-import common
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import checkpoint
+import checkpoints
 import gpt2_ft
 import gpu
+from benchmarks import common
 from data_utils import FT_Dataset
-from run_setup import prepare
+from training.setup import prepare
 
 Work = Callable[[list[list[int]]], dict]
 PADDED = 512  # the original's sequences
@@ -59,7 +59,7 @@ def ours(settings: dict) -> Work:
     args = gpt2_ft.parse_args([str(part) for key in flags for part in (f"--{key}", flags[key])])
     gpu.parse_gpu(args)
     run = prepare(args, None)
-    checkpoint.apply_trained(run.model, load_file(settings["adapter"]), "adapter")
+    checkpoints.apply_trained(run.model, load_file(settings["adapter"]), "adapter")
     return timed(lambda rows: gpt2_ft.optimizer_step(run, [rows])[0])
 
 

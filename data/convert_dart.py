@@ -1,14 +1,9 @@
-"""DART v1.1.1 JSON to text JSONL: `python data/convert_dart.py SRC DST`."""
+"""DART v1.1.1 JSON to text JSONL: `python -m data.convert_dart SRC DST`."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from common.errors import InputError, run
 from data.rows import Row, convert_main, read_json
-from errors import InputError, run
 
 
 def dart_rows(path: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""E2E to text JSONL: `python data/convert_e2e.py SRC DST`.
+"""E2E to text JSONL: `python -m data.convert_e2e SRC DST`.
 
 Reads the lines `context||completion` of the LoRA release, or the data set's own CSV (mr, ref).
 """
@@ -6,15 +6,10 @@ Reads the lines `context||completion` of the LoRA release, or the data set's own
 import csv
 import io
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from common.errors import InputError, run
 from data.rows import Row, convert_main, read_text
-from errors import InputError, run
 
 SLOT = re.compile(r"([^\[\],][^\[\]]*)\[([^\]]*)\]")
 SHORT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}

@@ -1,14 +1,9 @@
-"""WebNLG 2017 JSON to text JSONL: `python data/convert_webnlg.py SRC DST`."""
+"""WebNLG 2017 JSON to text JSONL: `python -m data.convert_webnlg SRC DST`."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from common.errors import InputError, run
 from data.rows import Row, convert_main, read_json
-from errors import InputError, run
 
 # The categories of the training set; the test set has others besides.
 SEEN = frozenset(

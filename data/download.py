@@ -1,4 +1,4 @@
-"""Fetch the public files: `python data/download.py GROUP FOLDER`, GROUP a key of downloads.json.
+"""Fetch the public files: `python -m data.download GROUP FOLDER`, GROUP a key of downloads.json.
 
 Looks first into the local mirror `$DATA_DIR/GROUP/FILE` (or FILE.gz), then at `$MIRROR/GROUP/FILE`
 (a folder or a web address), then at the public addresses (`$HF_ENDPOINT` stands in for
@@ -13,17 +13,13 @@ import http.client
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from errors import InputError, run
+from common.errors import InputError, run
 
 MANIFEST = Path(__file__).with_name("downloads.json")
 HUB = "https://huggingface.co"

@@ -1,4 +1,4 @@
-"""The sample set, and the text of the nano base: `python data/generate.py`.
+"""The sample set, and the text of the nano base: `python -m data.generate`.
 
 Writes data/sample/{train,valid,test,base_test}.jsonl (committed) and, for the base, train.jsonl
 and valid.jsonl of the other domains (made anew where they are needed). Rows are
@@ -8,17 +8,13 @@ rows, one for each reference, and stands in one file only. The same seed gives t
 
 import argparse
 import re
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from common.errors import run
 from data.domains import BASE, POOLS, RESTAURANTS, Domain
 from data.rows import Row, write_jsonl
-from errors import run
 
 SLOT = re.compile(r"\{([^{}]*)\}")
 CHOICE = re.compile(r"\(([^()]*)\)")

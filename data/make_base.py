@@ -1,4 +1,4 @@
-"""Make a base anew: `python data/make_base.py nano` or `mini`.
+"""Make a base anew: `python -m data.make_base nano` or `mini`.
 
 nano  what the repository ships, 3.8 M parameters on generated text, into data/nano (15 to 20
       minutes on one CPU core)
@@ -20,12 +20,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from checkpoint import newest_adapter, read_tensors
-from errors import run
-from files import replacing
+from checkpoints import newest_adapter, read_tensors
+from common.errors import run
+from common.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = {
@@ -43,13 +40,13 @@ COMMON = {
 # Of each base: the command for its text, its folder, its vocabulary, what its training adds.
 BASES = {
     "nano": {
-        "text": ["data/generate.py", "--base"],
+        "text": ["-m", "data.generate", "--base"],
         "folder": "data/nano",
         "entries": 2048,
         "recipe": {"seq_len": 128, "train_batch_size": 8, "max_step": 3000, "warmup_step": 200},
     },
     "mini": {
-        "text": ["data/triples.py"],
+        "text": ["-m", "data.triples"],
         "folder": "runs/mini",
         "entries": 4096,
         "recipe": {"seq_len": 256, "train_batch_size": 16, "max_epoch": 3, "warmup_step": 300},
@@ -77,7 +74,7 @@ def commands(name: str) -> list[list[str]]:
     }  # fmt: skip
     return [
         [*base["text"], text],
-        ["data/train_bpe.py", f"{text}/train.jsonl", "--out", folder, "--entries", entries],
+        ["-m", "data.train_bpe", f"{text}/train.jsonl", "--out", folder, "--entries", entries],
         ["gpt2_ft.py", *(f"--{flag}={value}" for flag, value in settings.items())],
     ]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from errors import InputError
-from files import replacing
+from common.errors import InputError
+from common.files import replacing
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""A vocabulary: `python data/train_bpe.py [TEXT.jsonl] [--out data/nano] [--entries 2048]`.
+"""A vocabulary: `python -m data.train_bpe [TEXT.jsonl] [--out data/nano] [--entries 2048]`.
 
 A byte-level BPE of so many entries in the files of GPT-2's vocabulary (vocab.json, merges.txt),
 trained on the text of a base. `<|endoftext|>` has the last id, as in GPT-2. Deterministic.
@@ -6,17 +6,13 @@ trained on the text of a base. `<|endoftext|>` has the last id, as in GPT-2. Det
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from errors import InputError, run
-from files import read_json_lines, replacing
+from common.errors import InputError, run
+from common.files import read_json_lines, replacing
 
 ENTRIES = 2048
 END = "<|endoftext|>"

@@ -1,4 +1,4 @@
-"""Text of triples without E2E, to pretrain on: `python data/triples.py FOLDER`.
+"""Text of triples without E2E, to pretrain on: `python -m data.triples FOLDER`.
 
 WebNLG's training rows and those rows of DART's dev and test sets whose annotation names another
 source than E2E, into FOLDER/{train,valid}.jsonl; whatever equals a text or an input of E2E but for
@@ -9,18 +9,14 @@ import argparse
 import os
 import random
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from common.errors import InputError, run
 from data.convert_dart import dart_rows
 from data.convert_e2e import e2e_rows
 from data.convert_webnlg import webnlg_rows
 from data.rows import Row, write_jsonl
-from errors import InputError, run
 
 VALID_ROWS = 400
 DART = [f"dart-v1.1.1-full-{split}.json" for split in ("dev", "test")]

@@ -1,28 +1,23 @@
 """Score outputs as the official programs of E2E, WebNLG and DART do.
 
-    python eval/evaluate.py --task e2e --references refs.txt --hypotheses hyp.txt --json out.json
-    python eval/evaluate.py --task webnlg --references STEM --hypotheses hyp.txt
-    python eval/evaluate.py --task e2e --data test.jsonl --predictions predictions.jsonl
+    python -m eval.evaluate --task e2e --references refs.txt --hypotheses hyp.txt --json out.json
+    python -m eval.evaluate --task webnlg --references STEM --hypotheses hyp.txt
+    python -m eval.evaluate --task e2e --data test.jsonl --predictions predictions.jsonl
 
 Exit code 0; 1 if a metric named with --metrics has no score; 2 for an input that must be mended.
 docs/metrics.md says how each number arises.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 # Run as a script from anywhere: the repository's packages are found beside this folder, not in it.
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from errors import InputError, run
-from eval import bootstrap, coco, official, report, texts
+from common.errors import InputError, run
+from common.files import replacing, write_json
+from eval import bootstrap, coco, official, tables, texts
 from eval.metrics import METRICS, Measured, measure, sacrebleu_scores
 from eval.texts import Item, warn
-from files import replacing, write_json
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,7 +175,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         measured = measure(args.task, references, systems, args.metrics, meteor)
         result = _result(args, items, given - sum(map(len, references)), systems, measured)
         if args.report:
-            text = report.segments_text(items, systems, measured.systems, args.report_items)
+            text = tables.segments_text(items, systems, measured.systems, args.report_items)
             with replacing(args.report) as file:
                 file.write(text)
     if args.json:
@@ -193,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     start = time.perf_counter()
     result = evaluate(args)
-    print(report.table(result))
+    print(tables.table(result))
     print(f"{time.perf_counter() - start:.1f} s")
     return 1 if args.asked and result["reasons"] else 0
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
-from errors import InputError
+from common.errors import InputError
 from eval import coco, mteval, webnlg
 from eval.measure import Measure
 

@@ -6,9 +6,9 @@ files STEM0, STEM1, ... with one reference of each item, where an item with fewe
 
 from pathlib import Path
 
-from errors import InputError
+from common.errors import InputError
+from common.files import replacing
 from eval.texts import Item, warn
-from files import replacing
 
 
 def _write(path: str | Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """Several results of evaluate.py side by side, as a table and as one JSON file.
 
-    python eval/summary.py --json result.json scores=adapter.json base_scores=base.json
-    python eval/summary.py --json result.json --run runs/e2e/train "lp 0.8=beam.0.8.json"
-    python eval/summary.py --json mean.json --mean seed-110/result.json seed-111/result.json
+    python -m eval.summary --json result.json scores=adapter.json base_scores=base.json
+    python -m eval.summary --json result.json --run runs/e2e/train "lp 0.8=beam.0.8.json"
+    python -m eval.summary --json mean.json --mean seed-110/result.json seed-111/result.json
 
 The first writes the scores by name; the second a run's settings and losses with them; the third
 the mean and the standard deviation over files that the second wrote.
@@ -11,15 +11,11 @@ the mean and the standard deviation over files that the second wrote.
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 # Run as a script from anywhere: the repository's packages are found beside this folder, not in it.
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from errors import InputError, run
-from files import read_json_lines, write_json
+from common.errors import InputError, run
+from common.files import read_json_lines, write_json
 
 Scores = dict[str, float | None]
 

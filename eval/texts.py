@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from errors import InputError
-from files import read_json_lines
+from common.errors import InputError
+from common.files import read_json_lines
 
 END_OF_TEXT = "<|endoftext|>"
 # Stands for an output without text, where a blank line could be taken for no item at all. It is one

@@ -13,10 +13,10 @@ convert() { # TASK FILE SPLIT
   [ -f "$source" ] || source=$source.gz
   if [ ! -f "$source" ]; then
     [ ! -f "$target" ] || { echo "$target: is there already"; return; }
-    "$python" data/download.py "$1" "data_raw/$1" "$2" || return
+    "$python" -m data.download "$1" "data_raw/$1" "$2" || return
     source=data_raw/$1/$2
   fi
-  "$python" "data/convert_$1.py" "$source" "$target"
+  "$python" -m "data.convert_$1" "$source" "$target"
 }
 
 for task in ${*:-e2e webnlg dart}; do

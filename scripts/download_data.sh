@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} # the standard library is enough
 for task in ${*:-e2e webnlg dart}; do
-  "$python" data/download.py "$task" "data_raw/$task"
+  "$python" -m data.download "$task" "data_raw/$task"
 done

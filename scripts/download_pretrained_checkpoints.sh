@@ -7,5 +7,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} # the standard library is enough
 for name in "${@:-gpt2-medium}"; do
-  "$python" data/download.py "$name" "pretrained_checkpoints/$name"
+  "$python" -m data.download "$name" "pretrained_checkpoints/$name"
 done

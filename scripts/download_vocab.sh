@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} # the standard library is enough
-"$python" data/download.py gpt2_vocab vocab
+"$python" -m data.download gpt2_vocab vocab

@@ -62,7 +62,7 @@ decode() { # FOLDER LENGTH_PENALTY
 score() { # FOLDER LENGTH_PENALTY NAME [FLAG]...
   local out=$1/beam.$2
   echo "-- $3"
-  python eval/evaluate.py --task "$task" --data "$work_dir/test.jsonl" \
+  python -m eval.evaluate --task "$task" --data "$work_dir/test.jsonl" \
     --predictions "$out.jsonl" --json "$out.$3.json" "${@:4}"
   results+=("lp $2, $3=$out.$3.json")
 }
@@ -85,7 +85,7 @@ run_seed() { # SEED FOLDER
     score "$folder" "$penalty" all_references
   done
   say "Result"
-  python eval/summary.py --json "$folder/result.json" --run "$folder/train" \
+  python -m eval.summary --json "$folder/result.json" --run "$folder/train" \
     --seconds "train=$((trained - started))" "decode_and_score=$((SECONDS - trained))" \
     --published "${published[@]}" -- "${results[@]}"
 }
@@ -119,6 +119,6 @@ run_pipeline() { # [--dry_run]
     results+=("$work_dir/seed-$seed/result.json")
   done
   say "Mean and standard deviation of seeds $SEEDS"
-  python eval/summary.py --json "$work_dir/result.json" --mean --published "${published[@]}" -- \
+  python -m eval.summary --json "$work_dir/result.json" --mean --published "${published[@]}" -- \
     "${results[@]}"
 }

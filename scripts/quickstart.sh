@@ -12,7 +12,7 @@ base="--init_checkpoint data/nano/model.safetensors --model_card gpt2.nano --voc
 
 say() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
 decode() { python gpt2_beam.py $base "$@"; }
-score() { python eval/evaluate.py --task e2e "$@"; }
+score() { python -m eval.evaluate --task e2e "$@"; }
 
 say "Fine-tuning"
 python gpt2_ft.py --lora_dim 4 --lora_alpha 32 --work_dir "$out/train"
@@ -31,6 +31,6 @@ score --data data/sample/base_test.jsonl --predictions "$out/base_own.jsonl" \
   --json "$out/base_own_domain_scores.json"
 
 say "Result"
-python eval/summary.py --json "$out/result.json" \
+python -m eval.summary --json "$out/result.json" \
   scores="$out/scores.json" base_scores="$out/base_scores.json" \
   base_own_domain_scores="$out/base_own_domain_scores.json"

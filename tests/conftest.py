@@ -13,10 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
-import errors
+import checkpoints
 import gpt2_ft
 import model
+from common import errors
+from training import resume
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -154,6 +155,6 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 def nothing_half_written(folder: Path) -> None:
     assert not list(folder.rglob("*.tmp"))
     for path in folder.glob("model.*.safetensors"):
-        checkpoint.read_adapter(path)
+        checkpoints.read_adapter(path)
     if (folder / "state.pt").exists():
-        checkpoint.read_training_state(folder / "state.pt")
+        resume.read_training_state(folder / "state.pt")

@@ -12,11 +12,11 @@ from conftest import TINY_CARD, Tiny, finish, random_base, start
 from test_checkpoint import decode_arguments
 from torch import Tensor
 
-import checkpoint
+import checkpoints
 import convert_adapter
 import gpt2_ft
 import loralib as lora
-from errors import InputError
+from common.errors import InputError
 from model import GPT2Config, GPT2LMModel
 
 peft = pytest.importorskip("peft")
@@ -46,7 +46,7 @@ def ours(tiny: Tiny, **settings: object) -> tuple[Path, Tensor]:
     """A file with a random adapter, and the logits it should have."""
     model = GPT2LMModel(GPT2Config(**SHAPE, lora_attn_dim=2, lora_attn_alpha=6, **settings))
     base = random_base(TINY_CARD)
-    model.load_weight(base)
+    checkpoints.load_weights(model, base)
     lora.start_from_base(model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -58,10 +58,10 @@ def ours(tiny: Tiny, **settings: object) -> tuple[Path, Tensor]:
         "format": 1, "kind": config.lora_kind, "model_card": tiny.card, "r": 2, "alpha": 6,
         "rslora": config.use_rslora, "dropout": 0.0, "targets": list(config.lora_targets),
         "seed": 5, "step": 7, "vocabulary": None,
-        "base": {"name": "tiny", "fingerprint": checkpoint.base_fingerprint(base)},
+        "base": {"name": "tiny", "fingerprint": checkpoints.base_fingerprint(base)},
     }  # fmt: skip
     path = tiny.folder / "adapter.safetensors"
-    checkpoint.save_adapter(path, lora.lora_state_dict(model), header)
+    checkpoints.save_adapter(path, lora.lora_state_dict(model), header)
     with torch.no_grad():
         return path, model.eval()(IDS)[0]
 
@@ -73,7 +73,7 @@ def convert(tiny: Tiny, source: Path, to: str, name: str, *more: object) -> Path
 
 
 def our_logits(tiny: Tiny, adapter: Path, **given: object) -> Tensor:
-    model, _ = checkpoint.load_for_decoding(decode_arguments(tiny, adapter=adapter, **given))
+    model, _ = checkpoints.load_for_decoding(decode_arguments(tiny, adapter=adapter, **given))
     with torch.no_grad():
         return model(IDS)[0]
 
@@ -184,7 +184,7 @@ def test_peft_adapters_without_counterpart_are_refused_with_the_reason(
 ) -> None:
     folder, _ = native(tiny, **settings)
     with pytest.raises(InputError, match=f"native.*{message}"):
-        checkpoint.read_adapter(folder)
+        checkpoints.read_adapter(folder)
 
 
 def test_other_peft_methods_and_strange_tensors_are_refused(tiny: Tiny) -> None:
@@ -198,13 +198,13 @@ def test_other_peft_methods_and_strange_tensors_are_refused(tiny: Tiny) -> None:
     ):
         safetensors.torch.save_file(spoilt, folder / "adapter_model.safetensors")
         with pytest.raises(InputError, match=message):
-            checkpoint.read_adapter(folder)
+            checkpoints.read_adapter(folder)
     (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
     with pytest.raises(InputError, match="peft_type is 'IA3'"):
-        checkpoint.read_adapter(folder)
+        checkpoints.read_adapter(folder)
     (folder / "adapter_config.json").write_text("[", encoding="utf-8")
     with pytest.raises(InputError, match="adapter_config.json is no JSON"):
-        checkpoint.read_adapter(folder)
+        checkpoints.read_adapter(folder)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -230,7 +230,7 @@ def test_a_merged_export_is_a_base_like_any_other(tiny: Tiny) -> None:
     folder = convert(tiny, adapter, "merged", "merged")
     arguments = decode_arguments(tiny, init_checkpoint=folder)
     with torch.no_grad():
-        assert error(checkpoint.load_for_decoding(arguments)[0](IDS)[0], expected) < 1e-5
+        assert error(checkpoints.load_for_decoding(arguments)[0](IDS)[0], expected) < 1e-5
 
 
 def test_the_merged_exports_tokenizer_is_the_vocabularys(tiny: Tiny) -> None:
@@ -252,7 +252,7 @@ def test_the_merged_exports_tokenizer_is_the_vocabularys(tiny: Tiny) -> None:
 
 def test_files_of_the_original_code_under_every_prefix_and_layout(tiny: Tiny) -> None:
     adapter, expected = ours(tiny)
-    _, tensors = checkpoint.read_adapter(adapter)
+    _, tensors = checkpoints.read_adapter(adapter)
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     conv = {n: t[..., None] if n.endswith("lora_B") else t for n, t in tensors.items()}
     apart = {}

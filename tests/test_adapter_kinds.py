@@ -14,13 +14,13 @@ from test_checkpoint import decode_arguments
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
+import checkpoints
 import gpt2_ft
 import loralib as lora
-import run_setup
-from errors import InputError
+from common.errors import InputError
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 from optimizer import create_grouped_parameters
+from training import setup
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
 PATTERNS = [[True, False, True], [True, True, True], [False, True, False]]
@@ -278,7 +278,7 @@ COUNTS = {
 @pytest.mark.parametrize("targets", COUNTS)
 def test_trained_parameters_of_gpt2_medium_by_target(targets: str) -> None:
     with torch.device("meta"):
-        names = checkpoint.parse_targets(targets)
+        names = checkpoints.parse_targets(targets)
         model = GPT2LMModel(
             GPT2Config(**MODEL_CARDS["gpt2.md"], lora_attn_dim=R, lora_targets=names)
         )
@@ -308,20 +308,20 @@ def test_trained_parameters_of_gpt2_medium_by_kind(argv: list[str], count: int) 
     with torch.device("meta"):
         settings = {"lora_attn_dim": args.lora_dim, "lora_kind": args.lora_kind}
         model = GPT2LMModel(GPT2Config(**MODEL_CARDS["gpt2.md"], **settings))
-    run_setup.choose_trained(args, model)
+    setup.choose_trained(args, model)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
 def test_all_is_the_six_linear_targets_and_unknown_or_doubled_ones_are_refused() -> None:
-    assert checkpoint.parse_targets("all") == ("q", "k", "v", "o", "fc", "proj")
-    assert checkpoint.parse_targets("v, q,v") == ("q", "v")
+    assert checkpoints.parse_targets("all") == ("q", "k", "v", "o", "fc", "proj")
+    assert checkpoints.parse_targets("v, q,v") == ("q", "v")
     for text in ("q,x", "", "Q", "q,,v"):
         with pytest.raises(InputError, match="--lora_targets '.*' is none of"):
-            checkpoint.parse_targets(text)
+            checkpoints.parse_targets(text)
     for targets, kind in (("c_attn,q", "lora"), ("wte", "dora")):
         with pytest.raises(InputError, match="c_attn is q, k and v|wte is an embedding"):
-            checkpoint.model_config(
-                "gpt2.nano", None, lora_targets=checkpoint.parse_targets(targets), lora_kind=kind
+            checkpoints.model_config(
+                "gpt2.nano", None, lora_targets=checkpoints.parse_targets(targets), lora_kind=kind
             )
 
 
@@ -379,10 +379,10 @@ def test_every_kind_trains_stops_goes_on_to_equal_bytes_and_decodes_by_its_file_
     ids = torch.arange(9)[None]
     with torch.no_grad():
         expected = runs[0].model.eval()(ids)[0]
-        model, header = checkpoint.load_for_decoding(decode_arguments(tiny, adapter=whole))
+        model, header = checkpoints.load_for_decoding(decode_arguments(tiny, adapter=whole))
         assert (model(ids)[0] - expected).abs().max() < 1e-5
         assert (model.pack()(ids)[0] - expected).abs().max() < 1e-5
-    plain, _ = checkpoint.load_for_decoding(decode_arguments(tiny, model_card=tiny.card))
+    plain, _ = checkpoints.load_for_decoding(decode_arguments(tiny, model_card=tiny.card))
     with torch.no_grad():
         assert (plain(ids)[0] - expected).abs().max() > 1e-4
     assert header["kind"] == (name if name in (*lora.KINDS, "bias", "top") else "lora")
@@ -415,7 +415,7 @@ def test_choices_that_make_no_sense_are_refused(flags: list, message: str, tiny:
 def test_the_header_says_kind_targets_and_settings(tiny: Tiny) -> None:
     gpt2_ft.main(tiny.argv("run", "--max_step", 3, "--lora_kind", "dora", "--use_rslora",
                            "--lora_targets", "v,o"))  # fmt: skip
-    header, _ = checkpoint.read_adapter(tiny.folder / "run")
+    header, _ = checkpoints.read_adapter(tiny.folder / "run")
     wanted = {"kind": "dora", "rslora": True, "targets": ["v", "o"], "r": 2, "alpha": 8.0}
     assert {key: header[key] for key in wanted} == wanted
     assert header["settings"]["lora_plus_ratio"] == 1
@@ -423,12 +423,12 @@ def test_the_header_says_kind_targets_and_settings(tiny: Tiny) -> None:
 
 def test_a_header_with_unknown_kind_or_targets_is_refused(tiny: Tiny) -> None:
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
-    header, tensors = checkpoint.read_adapter(tiny.folder / "run")
+    header, tensors = checkpoints.read_adapter(tiny.folder / "run")
     path = Path(tiny.folder / "spoilt.safetensors")
     for change in ({"kind": "x"}, {"targets": ["x"]}, {"targets": [1]}, {"targets": "qv"}):
-        checkpoint.save_adapter(path, tensors, json.loads(json.dumps(header | change)))
+        checkpoints.save_adapter(path, tensors, json.loads(json.dumps(header | change)))
         with pytest.raises(InputError, match="kind x|target x|no good targets"):
-            checkpoint.load_for_decoding(decode_arguments(tiny, adapter=path))
+            checkpoints.load_for_decoding(decode_arguments(tiny, adapter=path))
 
 
 @pytest.mark.parametrize("kind", lora.KINDS)
@@ -469,7 +469,7 @@ def test_a_training_step_in_eval_mode_and_through_checkpointing_has_the_same_gra
         model = nn.Sequential(layer)
         lora.mark_only_lora_as_trainable(model)
         if mode == "checkpoint":
-            out = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False)
+            out = torch.utils.checkpoints.checkpoint(model, X, use_reentrant=False)
         else:
             out = model(X)
         out.square().sum().backward()

@@ -18,10 +18,10 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import errors
 import gpt2_ft
+from common import errors
+from common.errors import InputError
 from data_utils import FT_Dataset, load_tokenizer
-from errors import InputError
 
 FUZZED = settings(
     max_examples=150 * FUZZ,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from beam_search import (
+import checkpoints
+from decoding.beam_search import (
     Hypothesis,
     SearchSettings,
     ban_repeated_ngrams,
@@ -459,7 +460,7 @@ def oracle() -> tuple[GPT2LMModel, dict[str, dict]]:
     shape = {name: decodes[name] for name in ("n_layer", "n_embd", "n_head")}
     positions = state["wpe.weight"].size(0)
     model = GPT2LMModel(GPT2Config(vocab_size=decodes["vocab"], n_positions=positions, **shape))
-    model.load_weight(state)
+    checkpoints.load_weights(model, state)
     return model.eval().pack(), {decode["name"]: decode for decode in decodes["sets"]}
 
 
@@ -518,7 +519,7 @@ def test_the_hf_search_gives_what_transformers_generates_for_40_ragged_prompts(n
     torch.manual_seed(0)
     peer = transformers.GPT2LMHeadModel(config).eval()
     model = small_gpt2()
-    model.load_weight(peer.state_dict())
+    checkpoints.load_weights(model, peer.state_dict())
     prompts = ragged_prompts(40)
     found = beam_search(model, prompts, SearchSettings(search="hf", **given), 16, wanted)
     for prompt, hypotheses in zip(prompts, found, strict=True):

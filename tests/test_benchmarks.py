@@ -3,13 +3,13 @@ looks at times."""
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import ROOT
+
+from benchmarks import common
 
 pytest.importorskip("peft", reason="a peer of the benchmarks")
 
@@ -17,19 +17,14 @@ pytest.importorskip("peft", reason="a peer of the benchmarks")
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Imports a module of benchmarks/, whose results go to a folder of the test."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def load(name: str) -> ModuleType:
-        module = importlib.import_module(name)
-        common = importlib.import_module("common")
         monkeypatch.setattr(common, "RESULTS", tmp_path)
         monkeypatch.setattr(common, "SHARED", tmp_path / "not there")  # the shipped sample
-        return module
+        return importlib.import_module(f"benchmarks.{name}")
 
-    yield load
-    for name in ("common", "train", "decode", "decode_peers", "grouped_conv", "scaling", "tables"):
-        sys.modules.pop(name, None)
+    return load
 
 
 def test_benchmarked_training_has_the_losses_of_peft_and_its_table(benchmark, tmp_path) -> None:

@@ -13,11 +13,12 @@ import torch
 from conftest import TINY_CARD, Tiny, random_base
 from torch import Tensor
 
-import checkpoint
+import checkpoints
 import gpt2_ft
 import loralib as lora
-from errors import InputError
+from common.errors import InputError
 from model import GPT2Config, GPT2LMModel
+from training import resume
 
 PAIR = "transformer.h.0.attn.c_attn.lora_A"
 
@@ -56,10 +57,10 @@ def test_equal_weights_have_one_fingerprint_in_every_format_name_and_width(tmp_p
         write_base(tmp_path / "c.bin", wide | {PAIR: torch.zeros(4, 16)}),
         tmp_path,
     ]  # fmt: skip
-    prints = {checkpoint.base_fingerprint(checkpoint.read_base(path)) for path in files}
+    prints = {checkpoints.base_fingerprint(checkpoints.read_base(path)) for path in files}
     assert len(prints) == 1
     changed = write_base(tmp_path / "d.pt", wide | {"transformer.ln_f.bias": torch.ones(16)})
-    assert checkpoint.base_fingerprint(checkpoint.read_base(changed)) not in prints
+    assert checkpoints.base_fingerprint(checkpoints.read_base(changed)) not in prints
 
 
 def test_a_training_run_saves_exactly_what_it_trains_under_lora_state_dicts_names(
@@ -84,8 +85,8 @@ def test_a_training_run_saves_exactly_what_it_trains_under_lora_state_dicts_name
 
 def test_full_fine_tuning_saves_all_weights_and_no_others(tiny: Tiny) -> None:
     folder = train(tiny, "run", "--lora_dim", 0, "--max_step", 3)
-    header, tensors = checkpoint.read_adapter(folder)
-    base = checkpoint.read_base(tiny.base)
+    header, tensors = checkpoints.read_adapter(folder)
+    base = checkpoints.read_base(tiny.base)
     assert header["kind"] == "full"
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in base.items()}
     assert all(not torch.equal(tensor, base[name]) for name, tensor in tensors.items())
@@ -101,7 +102,7 @@ def test_equal_training_gives_equal_bytes_and_the_header_names_neither_path_nor_
     second = tiny.folder / "second"
     for name in ("model.4.safetensors", "model.best.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    header, _ = checkpoint.read_adapter(first / "model.4.safetensors")
+    header, _ = checkpoints.read_adapter(first / "model.4.safetensors")
     with safetensors.safe_open(first / "model.4.safetensors", "pt") as opened:
         text = opened.metadata()["adapter"]
     seal = json.loads(text)["sha256"]
@@ -137,8 +138,8 @@ def test_base_and_adapter_give_the_trained_models_logits_merged_once(
     arguments = decode_arguments(tiny, adapter=folder)
     with torch.no_grad():
         expected = trained(ids)[0]
-        decoded, header = checkpoint.load_for_decoding(arguments)
-        plain, no_header = checkpoint.load_for_decoding(
+        decoded, header = checkpoints.load_for_decoding(arguments)
+        plain, no_header = checkpoints.load_for_decoding(
             decode_arguments(tiny, model_card="gpt2.tiny")
         )
         assert (decoded(ids)[0] - expected).abs().max() < 1e-5
@@ -161,9 +162,9 @@ def test_flags_that_contradict_the_adapter_are_refused(
 ) -> None:
     folder = train(tiny, "run", "--max_step", 3)
     with pytest.raises(InputError, match=message):
-        checkpoint.load_for_decoding(decode_arguments(tiny, adapter=folder, **given))
+        checkpoints.load_for_decoding(decode_arguments(tiny, adapter=folder, **given))
     fine = decode_arguments(tiny, adapter=folder, lora_alpha=8, lora_dim=2, model_card="gpt2.tiny")
-    checkpoint.load_for_decoding(fine)
+    checkpoints.load_for_decoding(fine)
 
 
 def test_another_base_than_the_adapters_is_refused_unless_allowed(tiny: Tiny) -> None:
@@ -171,55 +172,55 @@ def test_another_base_than_the_adapters_is_refused_unless_allowed(tiny: Tiny) ->
     other = write_base(tiny.folder / "other.safetensors", random_base(TINY_CARD, seed=9))
     given = {"adapter": folder, "init_checkpoint": other}
     with pytest.raises(InputError, match="other.safetensors is not the base.*allow_other_base"):
-        checkpoint.load_for_decoding(decode_arguments(tiny, **given))
-    checkpoint.load_for_decoding(decode_arguments(tiny, **given, allow_other_base=True))
+        checkpoints.load_for_decoding(decode_arguments(tiny, **given))
+    checkpoints.load_for_decoding(decode_arguments(tiny, **given, allow_other_base=True))
 
 
 def test_the_originals_files_decode_once_alpha_is_given(tiny: Tiny) -> None:
     """Its full checkpoints hold base and adapter, others the adapter alone; none holds alpha."""
     folder = train(tiny, "run", "--max_step", 6)
-    _, pairs = checkpoint.read_adapter(folder)
-    base = checkpoint.read_base(tiny.base)
+    _, pairs = checkpoints.read_adapter(folder)
+    base = checkpoints.read_base(tiny.base)
     whole = write_base(tiny.folder / "full.pt", {"model_state_dict": {**base, **pairs}})
     alone = write_base(tiny.folder / "adapter.pt", {"model_state_dict": pairs})
     ids = torch.arange(9)[None]
-    expected = checkpoint.load_for_decoding(decode_arguments(tiny, adapter=folder))[0](ids)[0]
+    expected = checkpoints.load_for_decoding(decode_arguments(tiny, adapter=folder))[0](ids)[0]
     for given in ({"init_checkpoint": whole}, {"adapter": alone}):
         with pytest.raises(InputError, match="--lora_alpha"):
-            checkpoint.load_for_decoding(decode_arguments(tiny, model_card="gpt2.tiny", **given))
+            checkpoints.load_for_decoding(decode_arguments(tiny, model_card="gpt2.tiny", **given))
         arguments = decode_arguments(tiny, model_card="gpt2.tiny", lora_alpha=8, **given)
-        assert torch.allclose(checkpoint.load_for_decoding(arguments)[0](ids)[0], expected)
+        assert torch.allclose(checkpoints.load_for_decoding(arguments)[0](ids)[0], expected)
         arguments.lora_dim = 7
         with pytest.raises(InputError, match="lora_dim 7 contradicts.*rank 2"):
-            checkpoint.load_for_decoding(arguments)
+            checkpoints.load_for_decoding(arguments)
 
 
 def test_an_adapter_given_as_base_is_explained(tiny: Tiny) -> None:
     folder = train(tiny, "run", "--max_step", 3)
     with pytest.raises(InputError, match="adapter without its base"):
-        checkpoint.read_base(folder / "model.3.safetensors")
+        checkpoints.read_base(folder / "model.3.safetensors")
 
 
 def test_adapter_tensors_that_do_not_fit_are_named(tiny: Tiny) -> None:
     folder = train(tiny, "run", "--max_step", 3)
-    header, pairs = checkpoint.read_adapter(folder)
+    header, pairs = checkpoints.read_adapter(folder)
     for spoilt, message in (
         (pairs | {"foo": torch.zeros(1)}, "foo"),
         (pairs | {PAIR: torch.zeros(8, 16)}, rf"{PAIR} of shape \[8, 16\].*\[4, 16\]"),
         ({n: t for n, t in pairs.items() if n != PAIR}, f"lacks 1 tensors, first {PAIR}"),
     ):
         path = folder / "spoilt.safetensors"
-        checkpoint.save_adapter(path, spoilt, header)
+        checkpoints.save_adapter(path, spoilt, header)
         with pytest.raises(InputError, match=message):
-            checkpoint.load_for_decoding(decode_arguments(tiny, adapter=path))
+            checkpoints.load_for_decoding(decode_arguments(tiny, adapter=path))
 
 
 def test_the_newest_adapter_of_a_folder_is_that_of_the_highest_step(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no model.STEP.safetensors"):
-        checkpoint.newest_adapter(tmp_path)
+        checkpoints.newest_adapter(tmp_path)
     for name in ("model.9", "model.10", "model.best", "model.99.old", ".model.11"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
-    assert checkpoint.newest_adapter(tmp_path).name == "model.10.safetensors"
+    assert checkpoints.newest_adapter(tmp_path).name == "model.10.safetensors"
 
 
 class MakesFolder:
@@ -237,7 +238,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pt")
     (tmp_path / "b.bin").write_bytes(pickle.dumps(content, protocol=2))
     for name in ("a.pt", "b.bin"):
-        for read in (checkpoint.read_tensors, checkpoint.read_training_state):
+        for read in (checkpoints.read_tensors, resume.read_training_state):
             with pytest.raises(InputError, match=f"{name}.*refused.*nothing in it was run"):
                 read(tmp_path / name)
     assert not (tmp_path / "trace").exists()
@@ -252,9 +253,9 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_a_pickle_of_anything_but_named_tensors_is_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(InputError, match="not a file of named tensors"):
-        checkpoint.read_tensors(tmp_path / "a.pt")
+        checkpoints.read_tensors(tmp_path / "a.pt")
     with pytest.raises(InputError, match="not a training state"):
-        checkpoint.read_training_state(tmp_path / "a.pt")
+        resume.read_training_state(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
@@ -280,4 +281,4 @@ def test_adapter_headers_of_another_kind_are_refused(
     metadata = None if header is None else {"adapter": header}
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
     with pytest.raises(InputError, match=message):
-        checkpoint.read_adapter(path)
+        checkpoints.read_adapter(path)

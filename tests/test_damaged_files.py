@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from conftest import FUZZ, TINY_CARD, VOCABULARY, Tiny, nothing_half_written, random_base, refusal
 
-import checkpoint
+import checkpoints
 import gpt2_ft
-from errors import InputError
-from files import replacing
+from common.errors import InputError
+from common.files import replacing
+from training import resume
 
 
 def mutated(data: bytes, seed: int) -> bytes:
@@ -32,13 +33,13 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 
 def load_base(path: Path) -> None:
-    model = checkpoint.GPT2LMModel(checkpoint.GPT2Config(VOCABULARY, 32, **TINY_CARD))
-    checkpoint.load_base(model, checkpoint.read_base(path), path)
+    model = checkpoints.GPT2LMModel(checkpoints.GPT2Config(VOCABULARY, 32, **TINY_CARD))
+    checkpoints.load_base(model, checkpoints.read_base(path), path)
 
 
 READERS = {
     "a.safetensors": load_base, "a.pt": load_base, "legacy.bin": load_base,
-    "model.3.safetensors": checkpoint.read_adapter, "state.pt": checkpoint.read_training_state,
+    "model.3.safetensors": checkpoints.read_adapter, "state.pt": resume.read_training_state,
 }  # fmt: skip
 
 
@@ -94,13 +95,13 @@ def test_a_damaged_state_gives_the_undisturbed_run_or_a_refusal(tiny: Tiny) -> N
 def test_a_damaged_adapter_is_refused_or_is_what_was_saved(tiny: Tiny) -> None:
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
     path = tiny.folder / "run" / "model.3.safetensors"
-    data, (header, tensors) = path.read_bytes(), checkpoint.read_adapter(path)
+    data, (header, tensors) = path.read_bytes(), checkpoints.read_adapter(path)
     places = range(0, len(data), max(1, len(data) // (400 * FUZZ)))
     refused = 0
     for place in places:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         try:
-            found_header, found = checkpoint.read_adapter(path)
+            found_header, found = checkpoints.read_adapter(path)
         except InputError as error:
             assert path.name in str(error)
             refused += 1
@@ -126,7 +127,7 @@ def test_lying_safetensors_headers_are_refused(lie: str, tmp_path: Path) -> None
     path.write_bytes(length.to_bytes(8, "little") + header + bytes(16))
     for folder_or_file in (path, tmp_path):
         with pytest.raises(InputError, match="model.safetensors is damaged"):
-            checkpoint.read_base(folder_or_file)
+            checkpoints.read_base(folder_or_file)
 
 
 def test_a_scalar_for_an_embedding_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture) -> None:

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import InputError
 from data.convert_dart import dart_rows
 from data.convert_e2e import e2e_rows
 from data.convert_webnlg import webnlg_rows
 from data.rows import read_text, write_jsonl
-from errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -257,7 +257,7 @@ def test_output_bytes_do_not_depend_on_the_locale(tmp_path: Path) -> None:
         ("utf8", {"PYTHONUTF8": "1"}),
         ("c", {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}),
     ):
-        command = sys.executable, "data/convert_webnlg.py", raw, tmp_path / name
+        command = sys.executable, "-m", "data.convert_webnlg", raw, tmp_path / name
         done = run_script(*command, **environment)
         assert done.returncode == 0, done.stderr
         outputs.append((tmp_path / name).read_bytes())
@@ -268,7 +268,7 @@ def test_output_bytes_do_not_depend_on_the_locale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["e2e", "webnlg", "dart"])
 def test_a_converter_ends_with_one_sentence_and_code_2(task: str, tmp_path: Path) -> None:
     done = run_script(
-        sys.executable, f"data/convert_{task}.py", tmp_path / "none", tmp_path / "out"
+        sys.executable, "-m", f"data.convert_{task}", tmp_path / "none", tmp_path / "out"
     )
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: cannot read {tmp_path / 'none'}")
@@ -278,7 +278,7 @@ def test_a_converter_ends_with_one_sentence_and_code_2(task: str, tmp_path: Path
 
 def test_create_datasets_converts_what_data_dir_holds(tmp_path: Path) -> None:
     """In a copy of the few files it needs, so that this checkout's datasets/ stays as it is."""
-    for name in ("scripts/create_datasets.sh", "errors.py", "files.py", "data"):
+    for name in ("scripts/create_datasets.sh", "common", "data"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(ROOT / name)
     raw = tmp_path / "raw" / "webnlg"

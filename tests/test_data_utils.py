@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torch.utils.data import DistributedSampler
 
+from common.errors import InputError
 from data.convert_dart import dart_rows
 from data.convert_e2e import e2e_rows
 from data.convert_webnlg import webnlg_rows
@@ -27,7 +28,6 @@ from data_utils import (
     read_rows,
     vocabulary_fingerprint,
 )
-from errors import InputError
 
 EOS = 50256
 

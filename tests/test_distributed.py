@@ -12,8 +12,8 @@ from conftest import ROOT, Tiny, finish, random_rows, start, write_rows
 
 import gpt2_ft
 import gpu
-from checkpoint import read_adapter
-from errors import InputError
+from checkpoints import read_adapter
+from common.errors import InputError
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 PROBE = '''

@@ -28,10 +28,10 @@ LEFT_OUT = {
     "bash scripts/dart.sh": "tests/test_pipeline_scripts.py",
     "TRAIN_ROWS=8000 VALID_ROWS=400 TEST_ROWS=1000 MAX_STEP=1000 WARMUP_STEP=100 LR=5e-3 "
     "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
-    "python scripts/soak.py --steps 2000 --kills 20": "tests/test_soak.py",
-    "python data/make_base.py mini": "trains for half an hour",
-    "python scripts/make_tables.py": "tests/test_tables.py",
-    "python scripts/sweep.py": "runs for hours; listed in the test below",
+    "python -m experiments.soak --steps 2000 --kills 20": "tests/test_soak.py",
+    "python -m data.make_base mini": "trains for half an hour",
+    "python -m experiments.tables": "tests/test_tables.py",
+    "python -m experiments.sweep": "runs for hours; listed in the test below",
 }  # fmt: skip
 
 # What makes a command small: its program, what stands in for `...`, what is put behind it.
@@ -46,7 +46,7 @@ TINY = {
         f"--vocab vocab --init_checkpoint {NANO}",
         "--beam 2 --eval_len 3 --device cpu",
     ),
-    "eval/evaluate.py": (
+    "eval.evaluate": (
         "--task e2e --data test.jsonl --predictions predictions.jsonl",
         "--metrics bleu",
     ),
@@ -154,7 +154,7 @@ def test_nothing_is_left_out_that_no_page_has() -> None:
 
 
 def test_the_sweep_lists_its_runs() -> None:
-    listed = execute(ROOT, "python scripts/sweep.py --dry_run").splitlines()
+    listed = execute(ROOT, "python -m experiments.sweep --dry_run").splitlines()
     assert len(listed) == 63 and "lora-r4-seed1: done" in listed
 
 
@@ -190,7 +190,9 @@ def test_links_and_named_files_of_a_page_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (page.parent / link).exists(), link
-    named = re.findall(r"`((?:tests|scripts|docs|eval|data|benchmarks|loralib)/[\w./]+)`", text)
+    named = re.findall(
+        r"`((?:tests|scripts|docs|eval|data|benchmarks|loralib|experiments)/[\w./]+)`", text
+    )
     for name in named:
         assert (ROOT / name).exists(), name
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from data.download import MANIFEST, checksum, fetch
-from errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -177,7 +177,7 @@ def test_offline_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     blocked = {"http_proxy": "http://127.0.0.1:1", "https_proxy": "http://127.0.0.1:1"}
     environment = {**os.environ, **blocked, "DATA_DIR": "", "MIRROR": "", "no_proxy": ""}
     done = subprocess.run(
-        [sys.executable, "data/download.py", "gpt2_vocab", str(tmp_path)],
+        [sys.executable, "-m", "data.download", "gpt2_vocab", str(tmp_path)],
         cwd=ROOT, env=environment, capture_output=True, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 2

@@ -16,8 +16,8 @@ from conftest import ROOT, Tiny, _write_tiny, finish, start
 
 import gpt2_ft
 import gpu
-from errors import InputError
-from run_state import check_equal_states
+from common.errors import InputError
+from training.resume import check_equal_states
 
 FORK = multiprocessing.get_context("fork")
 DYING = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 
-from errors import InputError
+from common.errors import InputError
 from eval import evaluate
 from eval.metrics import e2e_scores, webnlg_scores
 

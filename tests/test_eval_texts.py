@@ -9,7 +9,7 @@ from conftest import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import InputError
+from common.errors import InputError
 from eval import official, texts
 from eval.texts import Item
 

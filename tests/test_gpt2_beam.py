@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import POSITIONS, ROOT, VOCABULARY, Tiny, finish, random_rows, start, write_rows
 
+import checkpoints
 import gpt2_beam
 import gpt2_ft
-from checkpoint import read_adapter, read_base
+from checkpoints import read_adapter, read_base
+from common.errors import InputError
 from data_utils import load_tokenizer
-from errors import InputError
 from model import GPT2Config, GPT2LMModel
 
 NANO_VOCAB = ROOT / "data" / "nano"
@@ -114,7 +115,7 @@ def test_the_adapter_takes_its_settings_from_its_header_and_scores_are_its_own(
     shape = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "lora_attn_alpha": 8}
     card = gpt2_beam.MODEL_CARDS[tiny.card]
     model = GPT2LMModel(GPT2Config(**card | shape, lora_attn_dim=2)).eval()
-    model.load_weight(read_base(tiny.base) | tensors)
+    checkpoints.load_weights(model, read_base(tiny.base) | tensors)
     for p in predictions:
         text = torch.tensor([p["context"] + p["prediction"]])
         with torch.no_grad():

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from test_checkpoint import decode_arguments
 from torch import nn
 
-import checkpoint
+import checkpoints
 import gpt2_beam
 import gpt2_ft
 import loralib as lora
-from errors import InputError
+from common.errors import InputError
 from model import GPT2Config, GPT2LMModel
 
 SHAPE = {"vocab_size": 64, "n_positions": 32, **TINY_CARD}
@@ -281,14 +281,14 @@ def two_runs(tiny: Tiny) -> dict[str, Path]:
 def test_several_adapters_are_loaded_on_one_copy_of_the_base(
     tiny: Tiny, two_runs: dict[str, Path]
 ) -> None:
-    base, models = checkpoint.load_adapters(decode_arguments(tiny), two_runs)
+    base, models = checkpoints.load_adapters(decode_arguments(tiny), two_runs)
     wanted = dict(base.named_parameters())
     for name, model in models.items():
-        alone = checkpoint.load_with_adapter(decode_arguments(tiny, adapter=two_runs[name]))[0]
+        alone = checkpoints.load_with_adapter(decode_arguments(tiny, adapter=two_runs[name]))[0]
         assert torch.equal(model(IDS)[0], alone.eval()(IDS)[0])
         for key, parameter in model.named_parameters():
             assert "lora_" in key or parameter.data_ptr() == wanted[key].data_ptr()
-    untouched = checkpoint.load_with_adapter(decode_arguments(tiny))[0].eval()
+    untouched = checkpoints.load_with_adapter(decode_arguments(tiny))[0].eval()
     assert torch.equal(base(IDS)[0], untouched(IDS)[0])
 
 

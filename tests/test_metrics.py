@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from errors import InputError
+from common.errors import InputError
 from eval import bootstrap, coco, mteval, webnlg
 from eval.measure import mean_of
 from eval.metrics import e2e_scores, segment_scores, webnlg_scores

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import checkpoints
 import loralib as lora
 import model
-from errors import InputError
+from common.errors import InputError
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 
 
@@ -52,7 +53,7 @@ def test_logits_equal_transformers(card: str) -> None:
     config = small_config(MODEL_CARDS[card])
     other = hf_model(config)
     ours = GPT2LMModel(config).eval()
-    ours.load_weight(other.state_dict())
+    checkpoints.load_weights(ours, other.state_dict())
     ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, got = other(ids).logits, ours(ids)[0]
@@ -202,7 +203,7 @@ def test_every_known_layout_loads_to_the_same_weights(layout: str, rank: int) ->
     target = tiny_model(lora_attn_dim=rank)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        target.load_weight(given_state)
+        checkpoints.load_weights(target, given_state)
     assert list(given_state) == names_before
     own = source.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in target.state_dict().items())
@@ -211,7 +212,7 @@ def test_every_known_layout_loads_to_the_same_weights(layout: str, rank: int) ->
 def test_a_base_without_adapter_loads_and_leaves_the_adapters_start() -> None:
     target = tiny_model(lora_attn_dim=2)
     start = target.state_dict()["transformer.h.1.attn.c_attn.lora_A"].clone()
-    target.load_weight(random_base(TINY_CARD))
+    checkpoints.load_weights(target, random_base(TINY_CARD))
     assert torch.equal(target.state_dict()["transformer.h.1.attn.c_attn.lora_A"], start)
 
 
@@ -244,7 +245,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_loads_nothing(wrong: s
     state = spoil(random_base(TINY_CARD))
     names = list(state)
     with pytest.raises(InputError, match=message):
-        target.load_weight(state)
+        checkpoints.load_weights(target, state)
     assert list(state) == names
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
 

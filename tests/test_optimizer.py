@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import loralib as lora
-from errors import InputError
+from common.errors import InputError
 from model import GPT2Config, GPT2LMModel
 from optimizer import (
     SCHEDULERS,

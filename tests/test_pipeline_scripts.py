@@ -21,6 +21,10 @@ PARTS = (
     "data",
     "eval",
     "loralib",
+    "common",
+    "checkpoints",
+    "training",
+    "decoding",
     "requirements.txt",
     *(p.name for p in ROOT.glob("*.py")),
 )

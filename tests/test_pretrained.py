@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 from conftest import TINY_CARD, finish, random_base, start
 
-import checkpoint
-import pretrained
+import checkpoints
+from checkpoints import hub as weights_hub
 from model import MODEL_CARDS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LOAD = "import sys, pretrained, errors; errors.run(lambda: print(pretrained.find(sys.argv[1])))"
+LOAD = "import sys, pretrained, errors; errors.run(lambda: print(weights_hub.find(sys.argv[1])))"
 
 
 class Hub(ThreadingHTTPServer):
@@ -152,21 +152,21 @@ def test_offline_one_sentence_says_what_to_put_where(tmp_path: Path) -> None:
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert "http://127.0.0.1:9/openai-community/gpt2-medium/resolve/main/model.safetensors" in err
-    assert str(pretrained.FOLDER / "gpt2-medium" / "model.safetensors") in err
+    assert str(weights_hub.FOLDER / "gpt2-medium" / "model.safetensors") in err
 
 
 def test_what_lies_in_pretrained_checkpoints_needs_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
+    monkeypatch.setattr(weights_hub, "FOLDER", tmp_path)
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     file = tmp_path / "gpt2-xl" / "model.safetensors"
     file.parent.mkdir()
     base = random_base(TINY_CARD)
     safetensors.torch.save_file(base, file)
-    assert pretrained.find("gpt2-xl") == file
-    read = checkpoint.read_base("gpt2-xl")
-    assert checkpoint.base_fingerprint(read) == checkpoint.base_fingerprint(base)
+    assert weights_hub.find("gpt2-xl") == file
+    read = checkpoints.read_base("gpt2-xl")
+    assert checkpoints.base_fingerprint(read) == checkpoints.base_fingerprint(base)
 
 
 def test_a_path_that_exists_and_a_name_that_is_not_published_stay_as_they_are(
@@ -175,7 +175,7 @@ def test_a_path_that_exists_and_a_name_that_is_not_published_stay_as_they_are(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
     for name in ("gpt2", "gpt2-small", "./gpt2-xl", "runs/gpt2"):
-        assert pretrained.find(name) == Path(name)
+        assert weights_hub.find(name) == Path(name)
 
 
 def test_the_client_is_imported_only_when_a_name_is_to_be_found() -> None:

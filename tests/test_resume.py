@@ -14,9 +14,9 @@ from conftest import Tiny, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gpt2_ft
-import run_log
-from checkpoint import read_adapter
-from errors import InputError
+from checkpoints import read_adapter
+from common.errors import InputError
+from training import resume
 
 TIMES = ("tokens_per_second", "peak_memory_gb")
 
@@ -305,16 +305,16 @@ def test_resume_by_path_goes_on_there_or_in_an_empty_folder_and_in_no_other_run(
 
 
 def test_two_runs_do_not_share_a_work_dir(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_log, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(resume, "LOCK_SECONDS", 0.1)
     folder = tiny.folder / "run"
-    with run_log.lock(str(folder)), pytest.raises(InputError, match="in use by another run"):
+    with resume.lock(str(folder)), pytest.raises(InputError, match="in use by another run"):
         gpt2_ft.main(tiny.argv("run"))
     assert adapters(folder) == {}
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
 
 
 def test_a_run_waits_for_a_process_that_is_still_ending(tiny: Tiny) -> None:
-    ending = run_log.lock(str(tiny.folder / "run"))
+    ending = resume.lock(str(tiny.folder / "run"))
     ending.__enter__()
     threading.Timer(0.3, ending.__exit__, (None, None, None)).start()
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))

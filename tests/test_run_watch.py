@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import gpt2_ft
 import loralib as lora
-from run_watch import update_norms
+from training.tensorboard import update_norms
 
 KINDS = [("lora", False), ("lora", True), ("lora_fa", False), ("dora", False), ("pissa", False)]
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
+from common.errors import InputError
+from common.files import read_json_lines
 from data.domains import BASE, POOLS, RESTAURANTS, Domain
 from data.generate import generate, realise, rows, spell
 from data.train_bpe import END, ENTRIES, train_bpe, write_vocabulary
 from data_utils import load_tokenizer
-from errors import InputError
-from files import read_json_lines
 from gpt2_ft import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, finish, start
 
-from scripts import soak
+from experiments import soak
 
 
 def cells(output: str) -> dict[str, list[str]]:
@@ -21,7 +21,7 @@ def test_a_run_that_is_killed_at_random_instants_ends_with_the_same_bytes() -> N
     if not (ROOT / "data" / "nano" / "model.safetensors").is_file():
         pytest.skip("data/nano/model.safetensors is not there: the shipped base is to be made")
     few = ["--steps", 40, "--kills", 2, "--processes", 1, "--no_disk", "--seed", 3]
-    code, out, err = finish(start(["scripts/soak.py", *few]))
+    code, out, err = finish(start(["-m", "experiments.soak", *few]))
     assert (code, err) == (0, "")
     table = cells(out)
     assert table["one process, left alone"][:4] == ["40", "0", "1", "reference"]

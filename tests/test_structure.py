@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FOLDERS = (".", "loralib", "data", "eval", "scripts", "benchmarks")
+FOLDERS = (".", "loralib", "common", "checkpoints", "training", "decoding", "data", "eval")
+FOLDERS += ("experiments", "benchmarks")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 LONGEST = {"build_parser": 100}  # a list of flags
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 import gpt2_ft
-from scripts import sweep
-from scripts.sweep import Setting
+from experiments import sweep
+from experiments.sweep import Setting
 
 ARGS = argparse.Namespace(threads=1)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from errors import InputError
-from scripts import figures, make_tables, plot_run
-from scripts.sweep import Setting
+from common.errors import InputError
+from experiments import figures, plot_run, tables
+from experiments.sweep import Setting
 
-SWEEP = make_tables.read_results(ROOT / "results" / "e2e-mini")
+SWEEP = tables.read_results(ROOT / "results" / "e2e-mini")
 
 
 def cells(table: str) -> list[list[str]]:
@@ -28,14 +28,14 @@ def a_run(kind: str = "lora", rank: int = 4, rows: int = 42_061, bleu: float = 0
 
 
 def test_pages_and_figures_are_those_of_results() -> None:
-    assert make_tables.differing(make_tables.make_tables(), SWEEP) == []
+    assert tables.differing(tables.make_tables(), SWEEP) == []
 
 
 def test_a_row_has_mean_and_deviation_of_its_own_runs_in_the_papers_units() -> None:
     bleus = [0.41, 0.44, 0.50]
     runs = [a_run(bleu=bleu) for bleu in bleus]
     others = [a_run("dora"), a_run(rank=16), a_run(rows=100)]
-    rows = cells(make_tables.kinds_table(runs + others))
+    rows = cells(tables.kinds_table(runs + others))
     mean, sd = 100 * statistics.mean(bleus), 100 * statistics.stdev(bleus)
     lora = next(row for row in rows if row[0] == "LoRA")
     assert lora[1:4] == ["1,234", "0.1", f"{mean:.1f} ± {sd:.1f}"] and lora[-1] == "3 of 3"
@@ -43,15 +43,15 @@ def test_a_row_has_mean_and_deviation_of_its_own_runs_in_the_papers_units() -> N
 
 
 def test_what_was_not_run_is_an_empty_cell() -> None:
-    table = make_tables.ranks_table([a_run(rank=1)])
+    table = tables.ranks_table([a_run(rank=1)])
     assert "| 1 | alpha/r | 1,234 | 50.0 | 5.00 |" in table
     assert "| 64 | alpha/√r |  |  |  |" in table
-    assert "| 4,000 |  |  |" in make_tables.data_table([])
+    assert "| 4,000 |  |  |" in tables.data_table([])
 
 
 def test_runs_without_adapters_have_no_rank() -> None:
     full = a_run("full", rank=0)
-    assert make_tables.runs_of([full, a_run()], Setting("full")) == [full]
+    assert tables.runs_of([full, a_run()], Setting("full")) == [full]
 
 
 def test_a_page_with_an_old_number_is_named(
@@ -59,15 +59,15 @@ def test_a_page_with_an_old_number_is_named(
 ) -> None:
     page = tmp_path / "README.md"
     page.write_text("a\n<!-- table: kinds -->\nold\n<!-- end -->\nb\n", encoding="utf-8")
-    monkeypatch.setattr(make_tables, "ROOT", tmp_path)
-    monkeypatch.setattr(make_tables, "FIGURES", ROOT / "docs" / "figures")
-    tables = make_tables.make_tables()
-    assert make_tables.differing(tables, SWEEP) == ["README.md"]
-    text = make_tables.filled(page.read_text(encoding="utf-8"), tables)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "FIGURES", ROOT / "docs" / "figures")
+    made = tables.make_tables()
+    assert tables.differing(made, SWEEP) == ["README.md"]
+    text = tables.filled(page.read_text(encoding="utf-8"), made)
     assert text.startswith("a\n<!-- table: kinds -->\n| method |")
     assert text.endswith("|\n<!-- end -->\nb\n")
     with pytest.raises(KeyError):
-        make_tables.filled("<!-- table: nobodys -->\n<!-- end -->", tables)
+        tables.filled("<!-- table: nobodys -->\n<!-- end -->", made)
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)

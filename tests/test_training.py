@@ -15,22 +15,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.amp import GradScaler
 
-import checkpoint
+import checkpoints
 import gpt2_ft
 import gpu
 import loralib as lora
+from checkpoints.base import canonical_name
+from common.errors import InputError
 from data.convert_e2e import e2e_rows
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer
-from errors import InputError
-from model import GPT2Config, GPT2LMModel, canonical_name
+from model import GPT2Config, GPT2LMModel
 from optimizer import create_adam_optimizer_from_args, create_optimizer_scheduler
-from run_setup import prepare
-from run_state import AverageMeter, Run
+from training.run import AverageMeter, Run
+from training.setup import prepare
 
+FOLDERS = (".", "loralib", "common", "checkpoints", "training", "decoding", "data", "eval")
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for pattern in ("*.py", "loralib/*.py", "data/*.py", "eval/*.py", "scripts/*.py")
-    for path in ROOT.glob(pattern)
+    for folder in (*FOLDERS, "experiments")
+    for path in (ROOT / folder).glob("*.py")
 )
 
 
@@ -46,14 +48,14 @@ def test_losses_and_adapter_equal_the_oracles_over_50_steps(shared: Path, tmp_pa
     positions = base["wpe.weight"].size(0)
     shape = {"n_positions": positions, "n_embd": 64, "n_layer": 2, "n_head": 2}
     gpt = GPT2LMModel(GPT2Config(**shape, lora_attn_dim=4, lora_attn_alpha=32))
-    gpt.load_weight(base)
+    checkpoints.load_weights(gpt, base)
     saved = load_file(shared / "oracle" / "nano_train_lora.safetensors")
 
     def adapter(moment: str) -> dict[str, Tensor]:
         keys = [key for key in saved if key.startswith(moment)]
         return {canonical_name(key.removeprefix(moment)): saved[key] for key in keys}
 
-    checkpoint.apply_trained(gpt, adapter("lora_init."), "lora_init")
+    checkpoints.apply_trained(gpt, adapter("lora_init."), "lora_init")
     lora.mark_only_lora_as_trainable(gpt)
     given = oracle["optimizer"]
     argv = ["--train_data", "x", "--init_checkpoint", "x"]
@@ -323,7 +325,13 @@ def test_average_meter_is_a_weighted_mean() -> None:
 
 
 def test_every_module_imports_without_a_warning() -> None:
-    assert {"gpt2_ft", "run_watch", "loralib.layers", "scripts.sweep", "eval"} <= set(MODULES)
+    assert {
+        "gpt2_ft",
+        "training.tensorboard",
+        "loralib.layers",
+        "experiments.sweep",
+        "eval",
+    } <= set(MODULES)
     code = "; ".join(f"import {name}" for name in MODULES)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, check=False

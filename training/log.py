@@ -1,13 +1,10 @@
-"""What a run leaves in its work_dir for people: run.json, log.jsonl, TensorBoard, and the lock."""
+"""What a run leaves in its work_dir for people: run.json, log.jsonl, TensorBoard."""
 
 import argparse
-import fcntl
 import json
-import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,58 +12,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from errors import InputError
-from files import replacing, write_json
+from common.errors import InputError
+from common.files import replacing, write_json
 
-ROOT = Path(__file__).resolve().parent
-LOCK_SECONDS = 5.0
-
-
-def choose_work_dir(resume: str | None) -> str:
-    """Where a run without `--work_dir` goes: the one to resume, or the first free `runs/NNN`."""
-    if resume == "auto":
-        raise InputError("--resume auto needs --work_dir, the folder of the run to go on with")
-    if resume:
-        return resume
-    taken = [int(path.name) for path in Path("runs").glob("[0-9][0-9][0-9]")]
-    return str(Path("runs") / f"{max(taken, default=0) + 1:03}")
-
-
-@contextmanager
-def lock(work_dir: str) -> Iterator[None]:
-    """Keep other runs out of `work_dir` until the block or this process ends, however it ends.
-
-    A process that was killed may take a moment to end: it is waited for `LOCK_SECONDS`.
-
-    Raises:
-        InputError: another run is in there, or the folder cannot be made.
-    """
-    folder = Path(work_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise InputError(f"--work_dir {work_dir} cannot be used: {error.strerror}") from error
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not _locked(handle, work_dir):
-        if time.monotonic() > deadline:
-            os.close(handle)
-            raise InputError(f"--work_dir {work_dir} is in use by another run; give another")
-        time.sleep(0.05)
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int, work_dir: str) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise InputError(f"--work_dir {work_dir} cannot be locked: {error.strerror}") from error
-    return True
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def describe_run(args: argparse.Namespace) -> dict:

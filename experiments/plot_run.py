@@ -1,21 +1,19 @@
 """Draw runs side by side: loss, perplexity and learning rate from their log.jsonl, scores where a
 run has been scored.
 
-    python scripts/plot_run.py runs/a runs/b --output runs.png
+    python -m experiments.plot_run runs/a runs/b --output runs.png
 
 Scores are those of a scores.json or result.json in the run's folder or the one above it.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common.errors import InputError, run
+from common.files import read_json_lines, replacing
 
-from errors import InputError, run  # noqa: E402
-from files import read_json_lines, replacing  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 FILES = ("scores.json", "result.json")
 CURVES = {"loss": "loss, nats a token", "ppl": "perplexity", "lr": "learning rate"}

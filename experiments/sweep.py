@@ -1,9 +1,9 @@
 """The experiment on E2E: what is trained, rank and scaling, size of the data, layers; three seeds
 each.
 
-    python scripts/sweep.py [kinds] [ranks] [data] [targets] --workers 2 --threads 1
+    python -m experiments.sweep [kinds] [ranks] [data] [targets] --workers 2 --threads 1
 
-Each run adapts the mini base (`python data/make_base.py mini`) to E2E by 1,000 steps of batch 8,
+Each run adapts the mini base (`python -m data.make_base mini`) to E2E by 1,000 steps of batch 8,
 decodes the 630 test inputs and scores them; its JSON goes to results/e2e-mini/, its files to
 runs/sweep/. What is done is skipped, what was stopped goes on. `--dry_run` lists both.
 """
@@ -20,12 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from checkpoints import read_adapter
+from common.errors import InputError, run
+from common.files import read_json_lines, replacing, write_json
 
-from checkpoint import read_adapter  # noqa: E402
-from errors import InputError, run  # noqa: E402
-from files import read_json_lines, replacing, write_json  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 RESULTS, RUNS = ROOT / "results" / "e2e-mini", ROOT / "runs" / "sweep"
 DATASET = ROOT / "datasets" / "e2e"
@@ -145,7 +144,7 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
             *flags(init_checkpoint=BASE["init_checkpoint"], vocab=BASE["vocab"]),
         ],
         "scoring": [
-            "eval/evaluate.py", "--task=e2e",
+            "-m", "eval.evaluate", "--task=e2e",
             *flags(data=test, predictions=predictions, json=folder / "scores.json"),
         ],
     }  # fmt: skip
@@ -229,7 +228,7 @@ def main() -> int:
             print(f"{setting.name}: {'to be run' if setting in missing else 'done'}")
         return 0
     if not (ROOT / BASE["init_checkpoint"]).is_file():
-        raise InputError(f"{BASE['init_checkpoint']} is missing; python data/make_base.py mini")
+        raise InputError(f"{BASE['init_checkpoint']} is missing; python -m data.make_base mini")
     write_splits()
     with ThreadPoolExecutor(args.workers) as pool:
         return 0 if all(list(pool.map(lambda s: attempt(s, args), missing))) else 1

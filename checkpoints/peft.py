@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import loralib as lora
-from errors import InputError
+from common.errors import InputError
 from loralib.peft import Pair, common_rank_and_scaling, from_peft, padded, split_parts, to_peft
 from model import LORA_TARGETS, GPT2LMModel
 

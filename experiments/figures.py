@@ -1,4 +1,4 @@
-"""The figures of docs/experiments.md, drawn from the results of scripts/sweep.py.
+"""The figures of docs/experiments.md, drawn from the results of experiments/sweep.py.
 
 Each PNG carries a digest of the numbers that it shows, so that a test can tell whether it is still
 that of the results; the pixels themselves differ between versions of matplotlib.
@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from files import replacing
-from scripts.sweep import ALL_ROWS, TARGETS
+from common.files import replacing
+from experiments.sweep import ALL_ROWS, TARGETS
 
 Series = dict[str, list[tuple[float, float, float, float]]]  # name: x, mean, least, greatest
 Results = list[dict]

@@ -11,9 +11,9 @@ from torch import nn
 
 import gpu
 import loralib as lora
-from beam_search import SearchSettings, beam_search
 from data_utils import Row
-from run_state import Run
+from decoding.beam_search import SearchSettings, beam_search
+from training.run import Run
 
 SAMPLE_TOKENS, SAMPLE_REFERENCES = 64, 3
 

@@ -1,4 +1,4 @@
-"""Print the tables of docs/checkpoints.md: `python tests/measure_adapters.py`.
+"""Print the tables of docs/checkpoints.md: `python -m experiments.measure_adapters`.
 
 Random adapters on the shipped nano base; the largest difference of a logit, in fp32 on the CPU,
 between this repository and PEFT or transformers.
@@ -7,7 +7,6 @@ between this repository and PEFT or transformers.
 import argparse
 import contextlib
 import io
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,13 +16,12 @@ import torch
 import transformers
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+import checkpoints
+import convert_adapter
+import loralib as lora
+from model import GPT2LMModel
 
-import checkpoint  # noqa: E402
-import convert_adapter  # noqa: E402
-import loralib as lora  # noqa: E402
-from model import GPT2LMModel  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 BASE = ROOT / "data" / "nano" / "model.safetensors"
 IDS = torch.randint(2048, (4, 60), generator=torch.Generator().manual_seed(0))
@@ -63,7 +61,7 @@ def arguments(**given: object) -> argparse.Namespace:
 
 @torch.no_grad()
 def our_logits(adapter: Path, **given: object) -> Tensor:
-    return checkpoint.load_for_decoding(arguments(adapter=str(adapter), **given))[0](IDS)[0]
+    return checkpoints.load_for_decoding(arguments(adapter=str(adapter), **given))[0](IDS)[0]
 
 
 def hf_base(folder: Path) -> transformers.GPT2LMHeadModel:
@@ -87,17 +85,17 @@ def difference(a: Tensor, b: Tensor) -> str:
 
 @torch.no_grad()
 def our_adapter(folder: Path, settings: dict) -> tuple[Path, Tensor]:
-    base = checkpoint.read_base(BASE)
+    base = checkpoints.read_base(BASE)
     rank = {"lora_attn_dim": 4, "lora_attn_alpha": 32}
-    model = GPT2LMModel(checkpoint.model_config("gpt2.nano", base, **rank, **settings))
-    model.load_weight(base)
+    model = GPT2LMModel(checkpoints.model_config("gpt2.nano", base, **rank, **settings))
+    checkpoints.load_weights(model, base)
     lora.start_from_base(model)
     tensors = lora.lora_state_dict(model)
     shaken(tensors)
     header = convert_adapter.describe(arguments(), model, None, base)
     header |= {"kind": model.config.lora_kind, "rslora": model.config.use_rslora}
     path = folder / "adapter.safetensors"
-    checkpoint.save_adapter(path, tensors, header)
+    checkpoints.save_adapter(path, tensors, header)
     return path, model.eval()(IDS)[0]
 
 
@@ -147,9 +145,9 @@ def counts() -> list[list[str]]:
     for targets in ("q,v", "q,k,v", "c_attn", "o", "fc", "proj", "all", "q,v,wte"):
         row = [targets]
         for card in ("gpt2.sm", "gpt2.md", "gpt2.lg", "gpt2.xl"):
-            names = checkpoint.parse_targets(targets)
+            names = checkpoints.parse_targets(targets)
             with torch.device("meta"):
-                config = checkpoint.model_config(card, None, lora_attn_dim=4, lora_targets=names)
+                config = checkpoints.model_config(card, None, lora_attn_dim=4, lora_targets=names)
                 model = GPT2LMModel(config)
             row.append(f"{sum(t.numel() for t in lora.lora_state_dict(model).values()):,}")
         rows.append(row)
@@ -170,9 +168,9 @@ def main() -> None:
         work = Path(name)
         base = work / "base"  # a merged export of an adapter that adds nothing
         adapter, _ = our_adapter(work, {})
-        header, tensors = checkpoint.read_adapter(adapter)
+        header, tensors = checkpoints.read_adapter(adapter)
         nothing = {key: torch.zeros_like(t) for key, t in tensors.items()}
-        checkpoint.save_adapter(adapter, nothing, header)
+        checkpoints.save_adapter(adapter, nothing, header)
         convert(adapter, "merged", base)
         tables = exports(work, base), imports(work, base)
     head = ["adapter trained here", "our file", "→ PEFT", "→ PEFT → here", "→ merged", "→ .pt"]

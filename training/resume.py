@@ -1,26 +1,30 @@
-"""A training run: what it consists of, how it is saved, and how it goes on after a stop."""
+"""How a run goes on after a stop: its work_dir and the lock on it, and the state that it saves."""
 
 import argparse
-import math
+import fcntl
+import io
+import os
 import re
 import time
-from dataclasses import dataclass, field
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+import torch
 
-import checkpoint
+import checkpoints
 import gpu
-import loralib as lora
-from data_utils import EpochSampler, FT_Dataset
-from errors import InputError
-from run_log import RunLog
+from checkpoints.base import read_pickle
+from common.errors import InputError
+from common.files import replacing
+from training.run import Run, write_adapter
+
+LOCK_SECONDS = 5.0
+
 
 PROGRESS = ("step", "window", "best_loss", "best_step", "no_better", "bad_steps", "validated_step")
+
 
 FORM_SETTINGS = (
     "optimizer", "lora_dim", "lora_targets", "lora_kind", "train_bias", "train_top",
@@ -28,92 +32,51 @@ FORM_SETTINGS = (
 )  # fmt: skip
 
 
-class AverageMeter:
-    """A weighted running mean: `val` is the last value, `avg` the mean of all since `reset`."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.val = self.avg = self.sum = self.count = 0.0
-
-    def update(self, val: float, n: float = 1) -> None:
-        self.val = val
-        self.sum += val * n
-        self.count += n
-        self.avg = self.sum / self.count if self.count else 0.0
+def choose_work_dir(resume: str | None) -> str:
+    """Where a run without `--work_dir` goes: the one to resume, or the first free `runs/NNN`."""
+    if resume == "auto":
+        raise InputError("--resume auto needs --work_dir, the folder of the run to go on with")
+    if resume:
+        return resume
+    taken = [int(path.name) for path in Path("runs").glob("[0-9][0-9][0-9]")]
+    return str(Path("runs") / f"{max(taken, default=0) + 1:03}")
 
 
-@dataclass
-class Run:
-    """All that a training run consists of.
+@contextmanager
+def lock(work_dir: str) -> Iterator[None]:
+    """Keep other runs out of `work_dir` until the block or this process ends, however it ends.
 
-    `step` counts updates, `window` the global batches taken from the data: more, where a step had
-    to be skipped. `no_better` counts validations since the best one. `saved` holds `step` and
-    `validated_step` of the last save, `signal` what this process was sent, `stopping` and
-    `save_due` what all ranks agreed on.
+    A process that was killed may take a moment to end: it is waited for `LOCK_SECONDS`.
+
+    Raises:
+        InputError: another run is in there, or the folder cannot be made.
     """
-
-    args: argparse.Namespace
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: LambdaLR
-    scaler: GradScaler
-    train: FT_Dataset
-    valid: FT_Dataset | None
-    sampler: EpochSampler
-    header: dict
-    tokenizer: Tokenizer | None = None
-    log: RunLog | None = None
-    step: int = 0
-    window: int = 0
-    best_loss: float = math.inf
-    best_step: int = 0
-    no_better: int = 0
-    validated_step: int = -1
-    saved: tuple[int, int] = (-1, -1)
-    saved_at: float = field(default_factory=time.monotonic)
-    save_due: bool = False
-    bad_steps: int = 0
-    signal: int = 0
-    stopping: bool = False
-    average: AverageMeter = field(default_factory=AverageMeter)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the last window was part of, from 1 up."""
-        return max(1, math.ceil(self.window / self.sampler.steps_per_epoch))
-
-    @property
-    def out_of_patience(self) -> bool:
-        """Whether `--patience` is given and as many validations in a row were no better."""
-        return 0 < self.args.patience <= self.no_better
-
-    @property
-    def finished(self) -> bool:
-        return self.step == self.args.max_step or self.out_of_patience
-
-    @property
-    def trained(self) -> dict[str, Tensor]:
-        """The trained tensors by name."""
-        parameters = gpu.unwrap(self.model).named_parameters()
-        return {name: p for name, p in parameters if p.requires_grad}
-
-    @property
-    def kept(self) -> dict[str, Tensor]:
-        """The saved tensors by name: the trained ones, and what an adapter's kind keeps frozen."""
-        return lora.lora_state_dict(gpu.unwrap(self.model)) | self.trained
-
-    def adapter_path(self, name: int | str) -> Path:
-        """`model.{name}.safetensors` in the work_dir; name is a step, or best."""
-        return Path(self.args.work_dir) / f"model.{name}.safetensors"
+    folder = Path(work_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise InputError(f"--work_dir {work_dir} cannot be used: {error.strerror}") from error
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not _locked(handle, work_dir):
+        if time.monotonic() > deadline:
+            os.close(handle)
+            raise InputError(f"--work_dir {work_dir} is in use by another run; give another")
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
-def write_adapter(run: Run, name: int | str) -> None:
-    """Write the adapter's tensors as they are after `run.step` steps; rank 0 only."""
-    if run.args.rank == 0:
-        header = run.header | {"step": run.step}
-        checkpoint.save_adapter(run.adapter_path(name), run.kept, header)
+def _locked(handle: int, work_dir: str) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise InputError(f"--work_dir {work_dir} cannot be locked: {error.strerror}") from error
+    return True
 
 
 def save(run: Run) -> None:
@@ -126,7 +89,7 @@ def save(run: Run) -> None:
     write_adapter(run, run.step)
     if run.args.rank == 0:
         state = {
-            "format": checkpoint.FORMAT_VERSION,
+            "format": checkpoints.FORMAT_VERSION,
             "header": run.header,
             "progress": {name: getattr(run, name) for name in PROGRESS},
             "trained": {name: p.detach() for name, p in run.kept.items()},
@@ -135,7 +98,7 @@ def save(run: Run) -> None:
             "scaler": run.scaler.state_dict(),
             "ranks": ranks,
         }
-        checkpoint.save_training_state(state_path(run.args.work_dir), state)
+        save_training_state(state_path(run.args.work_dir), state)
         _drop_old(run)
 
 
@@ -155,6 +118,37 @@ def state_path(work_dir: str | Path) -> Path:
     return Path(work_dir) / "state.pt"
 
 
+def save_training_state(path: str | Path, state: dict) -> None:
+    """Write all that a run needs to go on; tensors and plain values only."""
+    # Written in memory first: on a full disk torch's own writer fails without an OSError.
+    data = io.BytesIO()
+    torch.save(state, data)
+    with replacing(path, "wb") as file:
+        file.write(data.getbuffer())
+
+
+def read_training_state(path: str | Path) -> dict:
+    """What `save_training_state` wrote, every byte of it."""
+    state = read_pickle(Path(path))
+    if not _has_its_checksums(path):
+        raise InputError(
+            f"--resume {path} is damaged; put a copy there, or start anew in another --work_dir"
+        )
+    if not isinstance(state, dict) or state.get("format") != checkpoints.FORMAT_VERSION:
+        raise InputError(f"--resume {path} is not a training state of this program")
+    return state
+
+
+def _has_its_checksums(path: str | Path) -> bool:
+    """Whether all parts of one of torch's archives have the checksums that were stored with them;
+    torch.load does not look at these."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive fails in a dozen ways, and any is an answer
+        return False
+
+
 def find_state(args: argparse.Namespace) -> dict | None:
     """The training state to go on from, None for a fresh start.
 
@@ -171,7 +165,7 @@ def find_state(args: argparse.Namespace) -> dict | None:
             f"--work_dir {args.work_dir} holds a run already; give --resume auto to go on with it, "
             "or another --work_dir to start anew"
         )
-    return checkpoint.read_training_state(path) if args.resume and path.is_file() else None
+    return read_training_state(path) if args.resume and path.is_file() else None
 
 
 def check_equal_states(args: argparse.Namespace, state: dict | None) -> None:
@@ -211,7 +205,7 @@ def restore(run: Run, state: dict) -> None:
     for name, value in state["progress"].items():
         setattr(run, name, value)
     run.saved = run.step, run.validated_step
-    checkpoint.apply_trained(gpu.unwrap(run.model), state["trained"], "state.pt")
+    checkpoints.apply_trained(gpu.unwrap(run.model), state["trained"], "state.pt")
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
     _restore_schedule(run, state["scheduler"])

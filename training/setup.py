@@ -9,14 +9,15 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-import checkpoint
+import checkpoints
 import gpu
 import loralib as lora
+from common.errors import InputError
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer, vocabulary_fingerprint
-from errors import InputError
 from model import GPT2Config, GPT2LMModel
 from optimizer import create_adam_optimizer_from_args, create_optimizer_scheduler
-from run_state import Run, check_settings, restore
+from training.resume import check_settings, restore
+from training.run import Run
 
 DEFAULT_EPOCHS = 5
 
@@ -60,7 +61,7 @@ RESULT_SETTINGS = [
 def prepare(args: argparse.Namespace, state: dict | None) -> Run:
     """Data, model, optimizer and schedule, put back to `state` if there is one."""
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
-    base = None if args.init_checkpoint == "none" else checkpoint.read_base(args.init_checkpoint)
+    base = None if args.init_checkpoint == "none" else checkpoints.read_base(args.init_checkpoint)
     gpu.seed_everything(args.random_seed)
     model = build_model(args, base, tokenizer)
     train, valid = load_data(args, tokenizer, model.config)
@@ -102,13 +103,13 @@ def build_model(
         "lora_attn_dim": args.lora_dim,
         "lora_attn_alpha": args.lora_alpha,
         "lora_dropout": args.lora_dropout,
-        "lora_targets": checkpoint.parse_targets(args.lora_targets),
+        "lora_targets": checkpoints.parse_targets(args.lora_targets),
         "lora_kind": args.lora_kind,
         "use_rslora": args.use_rslora,
     }
     if base is None and tokenizer is not None:
         settings["vocab_size"] = tokenizer.get_vocab_size()
-    config = checkpoint.model_config(args.model_card, base, **settings)
+    config = checkpoints.model_config(args.model_card, base, **settings)
     if tokenizer is not None and tokenizer.get_vocab_size() != config.vocab_size:
         raise InputError(
             f"--vocab {args.vocab} has {tokenizer.get_vocab_size()} entries but --init_checkpoint "
@@ -120,7 +121,7 @@ def build_model(
         raise InputError(f"--lora_dim {args.lora_dim} is above the model's width {config.n_embd}")
     model = GPT2LMModel(config)
     if base is not None:
-        checkpoint.load_base(model, base, args.init_checkpoint)
+        checkpoints.load_base(model, base, args.init_checkpoint)
     choose_trained(args, model)
     lora.start_from_base(model)
     return model
@@ -213,7 +214,7 @@ def describe_adapter(
         "sha256": vocabulary_fingerprint(tokenizer),
     }
     return {
-        "format": checkpoint.FORMAT_VERSION,
+        "format": checkpoints.FORMAT_VERSION,
         "kind": kind_of(args),
         "model_card": args.model_card,
         "r": args.lora_dim,
@@ -225,7 +226,7 @@ def describe_adapter(
         "vocabulary": vocabulary,
         "base": {
             "name": Path(args.init_checkpoint).name,
-            "fingerprint": checkpoint.base_fingerprint(model.state_dict()),
+            "fingerprint": checkpoints.base_fingerprint(model.state_dict()),
         },
         "train_data": hashlib.sha256(Path(args.train_data).read_bytes()).hexdigest(),
         "settings": {name: getattr(args, name) for name in RESULT_SETTINGS},

@@ -1,4 +1,4 @@
-"""Rebuild every table and figure of README and docs from results/: `python scripts/make_tables.py`.
+"""Rebuild every table and figure of README and docs from results/: `python -m experiments.tables`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page is left alone.
 With `--check` nothing is written, and what differs from results/ is named. Figures need matplotlib
@@ -9,19 +9,17 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import tables as benchmarks
+from benchmarks.tables import grid
+from common.errors import run
+from common.files import replacing
+from experiments import figures
+from experiments.sweep import SEEDS, Setting, settings_of
 
-from benchmarks import tables as benchmarks  # noqa: E402
-from benchmarks.tables import grid  # noqa: E402
-from errors import run  # noqa: E402
-from files import replacing  # noqa: E402
-from scripts import figures  # noqa: E402
-from scripts.sweep import SEEDS, Setting, settings_of  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 PAGES = (
     "README.md", "README.zh-CN.md", "docs/experiments.md", "docs/lora.md", "docs/performance.md",
@@ -174,7 +172,7 @@ def main() -> int:
     stale = differing(tables, results)
     if args.check:
         for name in stale:
-            print(f"{name} differs from results/; run python scripts/make_tables.py")
+            print(f"{name} differs from results/; run python -m experiments.tables")
         return 1 if stale else 0
     for name in stale:
         path = ROOT / name

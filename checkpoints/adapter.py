@@ -1,4 +1,4 @@
-"""Files of a run: base weights, adapters and training state. Safe to read, written whole or not.
+"""Adapter files: written whole or not at all, and read from every format in use.
 
 An adapter file is `.safetensors` with exactly the trained tensors, and one metadata entry,
 `adapter`: JSON that says what they are and which base they belong to. Nothing is unpickled.
@@ -6,164 +6,37 @@ An adapter file is `.safetensors` with exactly the trained tensors, and one meta
 
 import argparse
 import hashlib
-import io
 import json
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-import peft_adapter
-import pretrained
-from errors import InputError
-from files import replacing
+from checkpoints import peft as peft_adapter
+from checkpoints.base import (
+    base_fingerprint,
+    canonical_names,
+    card_of,
+    fingerprint,
+    load_base,
+    model_config,
+    read_base,
+    read_safetensors,
+    read_tensors,
+)
+from common.errors import InputError
+from common.files import replacing
 from model import (
     ALL_TARGETS,
     LORA_TARGETS,
-    MODEL_CARDS,
-    GPT2Config,
     GPT2LMModel,
-    canonical_names,
 )
 
 FORMAT_VERSION = 1
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-BASE_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, `.bin` or `.pt` file, of a model folder, or of a model that
-    `pretrained.find` knows by name; on the CPU.
-
-    Raises:
-        InputError: the file is absent, damaged, or holds anything but tensors.
-    """
-    path = pretrained.find(path)
-    if path.is_dir():
-        found = [path / name for name in BASE_FILES if (path / name).is_file()]
-        if not found:
-            raise InputError(f"{path} holds neither {' nor '.join(BASE_FILES)}")
-        path = found[0]
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; scripts/ has the download of GPT-2's weights")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)[1]
-    state = _read_pickle(path)
-    state = state.get("model_state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
-        raise InputError(f"{path} is not a file of named tensors")
-    return dict(state)
-
-
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    name, tensor = item
-    plain = torch.is_tensor(tensor) and tensor.layout is torch.strided and not tensor.is_meta
-    return isinstance(name, str) and plain
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's guesses about files that are damaged
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors and plain values, or is damaged; it was refused and "
-            "nothing in it was run"
-        ) from error
-    except Exception as error:  # a damaged pickle fails in any way there is
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(f"{path} is damaged: {reason}") from error
-
-
-def base_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 over canonical names, shapes and fp32 values of the base, adapter tensors left out.
-
-    Equal weights agree whatever file format, names or precision hold them.
-    """
-    tensors = canonical_names(state).items()
-    return _fingerprint({name: tensor for name, tensor in tensors if "lora_" not in name})
-
-
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        values = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
-        digest.update(memoryview(values.numpy()).cast("B"))
-    return digest.hexdigest()
-
-
-def model_config(card: str, state: Mapping[str, Tensor] | None, **settings) -> GPT2Config:
-    """The shape that `--model_card` names, with vocabulary and positions of the base `state`.
-
-    Args:
-        state: canonical names, or None for random weights of the card's own sizes.
-        settings: fields of `GPT2Config` that rule over both.
-    """
-    if card not in MODEL_CARDS:
-        raise InputError(f"--model_card {card} is unknown; give one of {', '.join(MODEL_CARDS)}")
-    shape = dict(MODEL_CARDS[card])
-    if state is not None:
-        for field, name in (("vocab_size", "wte"), ("n_positions", "wpe")):
-            table = state.get(f"transformer.{name}.weight")
-            if table is not None and table.dim() == 2:
-                shape[field] = table.size(0)
-    try:
-        return GPT2Config(**shape | settings)
-    except ValueError as error:
-        raise InputError(f"--lora_targets or the adapter's header: {error}") from error
-
-
-def card_of(state: Mapping[str, Tensor]) -> str:
-    """The card whose depth and width a base of canonical names has.
-
-    Raises:
-        InputError: no card fits.
-    """
-    depth = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
-    widths = [t.size(-1) for name, t in state.items() if name == "transformer.wte.weight"]
-    for card, shape in MODEL_CARDS.items():
-        if [shape["n_layer"], shape["n_embd"]] == [depth, *widths]:
-            return card
-    raise InputError(f"no model card has {depth} blocks and width {widths}; give --model_card")
-
-
-def read_base(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a base checkpoint under canonical names."""
-    try:
-        state = canonical_names(read_tensors(path))
-    except InputError as error:
-        raise InputError(f"--init_checkpoint {path}: {error}") from error
-    if state and all("lora_" in name for name in state):
-        raise InputError(
-            f"--init_checkpoint {path} holds an adapter without its base; give the base by "
-            "--init_checkpoint and this file by --adapter"
-        )
-    return state
-
-
-def load_base(model: GPT2LMModel, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load what `read_base` gave; errors name the file."""
-    try:
-        model.load_weight(state)
-    except InputError as error:
-        raise InputError(f"--init_checkpoint {path}: {error}") from error
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], header: dict) -> None:
@@ -191,7 +64,7 @@ def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
         return None, canonical_names(read_tensors(path))
     if not path.is_file():
         raise InputError(f"--adapter {path} does not exist")
-    metadata, tensors = _read_safetensors(path)
+    metadata, tensors = read_safetensors(path)
     header = _parse_header(metadata, path)
     if header.pop("sha256", None) != _seal(header, tensors):
         raise InputError(f"--adapter {path} is damaged: it is not what was saved")
@@ -199,7 +72,7 @@ def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
 
 
 def _seal(header: dict, tensors: Mapping[str, Tensor]) -> str:
-    content = json.dumps(header, sort_keys=True) + _fingerprint(tensors)
+    content = json.dumps(header, sort_keys=True) + fingerprint(tensors)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -213,7 +86,7 @@ def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         raise InputError(f"--adapter {config_path} is not PEFT's configuration of an adapter")
     metadata, own_header = {}, None
     if tensors_path.is_file():
-        metadata, tensors = _read_safetensors(tensors_path)
+        metadata, tensors = read_safetensors(tensors_path)
     else:
         tensors = read_tensors(folder / "adapter_model.bin")
     if "adapter" in metadata:
@@ -400,34 +273,3 @@ def merge(model: GPT2LMModel) -> GPT2LMModel:
         if hasattr(module, "merge_weights"):
             module.merge_weights = True
     return model.eval()
-
-
-def save_training_state(path: str | Path, state: dict) -> None:
-    """Write all that a run needs to go on; tensors and plain values only."""
-    # Written in memory first: on a full disk torch's own writer fails without an OSError.
-    data = io.BytesIO()
-    torch.save(state, data)
-    with replacing(path, "wb") as file:
-        file.write(data.getbuffer())
-
-
-def read_training_state(path: str | Path) -> dict:
-    """What `save_training_state` wrote, every byte of it."""
-    state = _read_pickle(Path(path))
-    if not _has_its_checksums(path):
-        raise InputError(
-            f"--resume {path} is damaged; put a copy there, or start anew in another --work_dir"
-        )
-    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
-        raise InputError(f"--resume {path} is not a training state of this program")
-    return state
-
-
-def _has_its_checksums(path: str | Path) -> bool:
-    """Whether all parts of one of torch's archives have the checksums that were stored with them;
-    torch.load does not look at these."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # a damaged archive fails in a dozen ways, and any is an answer
-        return False

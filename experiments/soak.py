@@ -1,6 +1,6 @@
 """Kills training runs at random instants, lets them go on, and compares what they end with.
 
-    python scripts/soak.py --steps 2000 --kills 20
+    python -m experiments.soak --steps 2000 --kills 20
 
 A run is first left alone, on one process and on two. Then the same run is killed again and again,
 by -9 or TERM, and goes on by `--resume auto` or by torchrun's own restarts. Where a tmpfs can be

@@ -11,9 +11,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from errors import InputError
+from common.errors import InputError
 
-FOLDER = Path(__file__).resolve().parent / "pretrained_checkpoints"
+FOLDER = Path(__file__).resolve().parents[1] / "pretrained_checkpoints"
 REPOSITORIES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }

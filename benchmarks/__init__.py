@@ -1,0 +1,1 @@
+"""Speed beside transformers, peft and the original code."""

@@ -1,0 +1,239 @@
+"""Base weights: the files and names they come in, the cards they fit, and their fingerprint.
+
+Nothing is unpickled.
+"""
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from checkpoints import hub
+from common.errors import InputError
+from model import MODEL_CARDS, GPT2Config, GPT2LMModel
+
+BASE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+OLD_SUFFIXES = {".g": ".weight", ".b": ".bias", ".w": ".weight"}
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors`, `.bin` or `.pt` file, of a model folder, or of a model that
+    `hub.find` knows by name; on the CPU.
+
+    Raises:
+        InputError: the file is absent, damaged, or holds anything but tensors.
+    """
+    path = hub.find(path)
+    if path.is_dir():
+        found = [path / name for name in BASE_FILES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{path} holds neither {' nor '.join(BASE_FILES)}")
+        path = found[0]
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; scripts/ has the download of GPT-2's weights")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[1]
+    state = read_pickle(path)
+    state = state.get("model_state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
+        raise InputError(f"{path} is not a file of named tensors")
+    return dict(state)
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    name, tensor = item
+    plain = torch.is_tensor(tensor) and tensor.layout is torch.strided and not tensor.is_meta
+    return isinstance(name, str) and plain
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def read_pickle(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses about files that are damaged
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors and plain values, or is damaged; it was refused and "
+            "nothing in it was run"
+        ) from error
+    except Exception as error:  # a damaged pickle fails in any way there is
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"{path} is damaged: {reason}") from error
+
+
+def canonical_name(name: str) -> str:
+    """The name under which `GPT2LMModel.state_dict()` holds a tensor of a known file format."""
+    for prefix in ("module.", "_orig_mod.", "module.", "transformer."):
+        name = name.removeprefix(prefix)
+    if name[-2:] in OLD_SUFFIXES:
+        name = name[:-2] + OLD_SUFFIXES[name[-2:]]
+    return f"transformer.{name}"
+
+
+def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A new dict with this model's names, without stored causal masks and the tied head.
+
+    Raises:
+        InputError: the head is not tied to the embedding, or two names mean one tensor.
+    """
+    state_dict = state_dict.get("model_state_dict", state_dict)
+    state: dict[str, Tensor] = {}
+    heads: list[Tensor] = []
+    for key, tensor in state_dict.items():
+        name = canonical_name(key)
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if name in ("transformer.lm_head.weight", "transformer.lm_head.decoder.weight"):
+            heads.append(tensor)
+            continue
+        if name in state:
+            raise InputError(f"the checkpoint holds tensor {name} twice, the second time as {key}")
+        state[name] = tensor
+    embedding = state.get("transformer.wte.weight")
+    for head in heads:
+        if embedding is None or not torch.equal(head, embedding):
+            raise InputError("tensor lm_head.weight differs from wte.weight; GPT-2's head is tied")
+    return _as_lora(state)
+
+
+def _as_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with adapters of older layouts under today's names and shapes.
+
+    The first release of the original code kept q and v apart, as `q_proj_adapter1` (A) and
+    `q_proj_adapter2` (B); B may be stored as the weight of a convolution, (out, r, 1).
+    """
+    for name in [name for name in state if name.endswith(".q_proj_adapter1.weight")]:
+        attention = name.removesuffix("q_proj_adapter1.weight")
+        for number, new in (("1", "lora_A"), ("2", "lora_B")):
+            old = [f"{attention}{part}_proj_adapter{number}.weight" for part in "qv"]
+            if missing := [key for key in old if key not in state]:
+                raise InputError(f"the adapter lacks tensor {missing[0]}")
+            state[f"{attention}c_attn.{new}"] = torch.cat([state.pop(key) for key in old])
+    for name, tensor in state.items():
+        if name.endswith(".lora_B") and tensor.dim() == 3 and tensor.size(2) == 1:
+            state[name] = tensor.squeeze(2)
+    return state
+
+
+def base_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 over canonical names, shapes and fp32 values of the base, adapter tensors left out.
+
+    Equal weights agree whatever file format, names or precision hold them.
+    """
+    tensors = canonical_names(state).items()
+    return fingerprint({name: tensor for name, tensor in tensors if "lora_" not in name})
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        values = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
+        digest.update(memoryview(values.numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def model_config(card: str, state: Mapping[str, Tensor] | None, **settings) -> GPT2Config:
+    """The shape that `--model_card` names, with vocabulary and positions of the base `state`.
+
+    Args:
+        state: canonical names, or None for random weights of the card's own sizes.
+        settings: fields of `GPT2Config` that rule over both.
+    """
+    if card not in MODEL_CARDS:
+        raise InputError(f"--model_card {card} is unknown; give one of {', '.join(MODEL_CARDS)}")
+    shape = dict(MODEL_CARDS[card])
+    if state is not None:
+        for field, name in (("vocab_size", "wte"), ("n_positions", "wpe")):
+            table = state.get(f"transformer.{name}.weight")
+            if table is not None and table.dim() == 2:
+                shape[field] = table.size(0)
+    try:
+        return GPT2Config(**shape | settings)
+    except ValueError as error:
+        raise InputError(f"--lora_targets or the adapter's header: {error}") from error
+
+
+def card_of(state: Mapping[str, Tensor]) -> str:
+    """The card whose depth and width a base of canonical names has.
+
+    Raises:
+        InputError: no card fits.
+    """
+    depth = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
+    widths = [t.size(-1) for name, t in state.items() if name == "transformer.wte.weight"]
+    for card, shape in MODEL_CARDS.items():
+        if [shape["n_layer"], shape["n_embd"]] == [depth, *widths]:
+            return card
+    raise InputError(f"no model card has {depth} blocks and width {widths}; give --model_card")
+
+
+def read_base(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a base checkpoint under canonical names."""
+    try:
+        state = canonical_names(read_tensors(path))
+    except InputError as error:
+        raise InputError(f"--init_checkpoint {path}: {error}") from error
+    if state and all("lora_" in name for name in state):
+        raise InputError(
+            f"--init_checkpoint {path} holds an adapter without its base; give the base by "
+            "--init_checkpoint and this file by --adapter"
+        )
+    return state
+
+
+def load_base(model: GPT2LMModel, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load what `read_base` gave; errors name the file."""
+    try:
+        load_weights(model, state)
+    except InputError as error:
+        raise InputError(f"--init_checkpoint {path}: {error}") from error
+
+
+def load_weights(model: GPT2LMModel, state_dict: Mapping[str, Tensor]) -> None:
+    """Load base weights into a model, with or without an adapter, under any of the names in use.
+
+    Takes what HF's GPT-2 files, the original's `.pt` files and `state_dict()` hold. Adapter
+    tensors may be absent from the file; all else must be there, fit, and be known.
+
+    Raises:
+        InputError: names the first tensors that are missing, unknown or of another shape.
+    """
+    state = canonical_names(state_dict)
+    own = model.state_dict()
+    unknown = sorted(state.keys() - own.keys())
+    missing = sorted(own.keys() - state.keys())
+    if not any("lora_" in name for name in state):
+        missing = [name for name in missing if "lora_" not in name]
+    _refuse(unknown, "tensors this model does not have; is --model_card or --lora_dim right?")
+    _refuse(missing, "missing tensors; a base checkpoint must hold the whole model")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise InputError(
+                f"tensor {name} has shape {list(tensor.shape)} in the checkpoint but "
+                f"{list(own[name].shape)} in the model; is --model_card or --lora_dim right?"
+            )
+        if not tensor.is_floating_point():
+            raise InputError(f"tensor {name} holds {tensor.dtype}, not floating-point weights")
+    model.load_state_dict(state, strict=False)
+
+
+def _refuse(names: list[str], problem: str) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(f"the checkpoint has {problem} ({', '.join(names[:3])}{more})")

@@ -1,0 +1,1 @@
+"""What every part uses: errors for the user, files written whole."""

@@ -1,0 +1,1 @@
+"""What makes results/, and the tables and figures drawn from it."""

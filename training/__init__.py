@@ -1,0 +1,1 @@
+"""A training run: its set-up, its state and resumption, its logs."""

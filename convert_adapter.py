@@ -55,15 +55,15 @@ def describe(
     args: argparse.Namespace, model: GPT2LMModel, header: dict | None, base: dict[str, Tensor]
 ) -> dict:
     """The adapter's header, completed with what the model and the base say."""
-    config = model.config
+    settings = model.config.lora
     known = {
         "format": checkpoints.FORMAT_VERSION,
         "kind": "lora",
-        "r": config.lora_attn_dim,
-        "alpha": config.lora_attn_alpha,
+        "r": settings.r if settings else 0,
+        "alpha": settings.alpha if settings else 0.0,
         "rslora": False,
         "dropout": 0.0,
-        "targets": list(config.lora_targets),
+        "targets": list(model.config.targets),
         "vocabulary": None,
         "step": 0,
     } | (header or {})
@@ -130,7 +130,7 @@ def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
         if isinstance(layer, lora.LoRALayer) and layer.adapted:
             layer.merge()
             state[f"{name}.weight"] = layer.weight.float()
-    if "wte" in model.config.lora_targets and model.config.lora_attn_dim:
+    if "wte" in model.config.targets:
         state["lm_head.weight"] = model.head_weight.float()
     return state
 

@@ -9,8 +9,7 @@ Every linear map is a LoRA layer: with rank 0 it is a plain frozen one. Weights 
 GPT-2's published files store them, (in, out), so nothing is transposed on loading.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-import loralib as lora
+import loralib
+from loralib import LoraConfig
 from loss import smoothed_cross_entropy
 
 MODEL_CARDS: dict[str, dict[str, int]] = {
@@ -58,8 +58,14 @@ LORA_TARGETS = {
 
 @dataclass
 class GPT2Config:
-    """Shape of the model and of its adapter. `lora_attn_dim` is the rank r, 0 for no adapter;
-    `lora_targets` are keys of LORA_TARGETS, `lora_kind` and `use_rslora` as in loralib."""
+    """Shape of the model, and the settings of its adapter, whose targets are keys of LORA_TARGETS.
+
+    The original's arguments `lora_attn_dim` (the rank r, 0 for no adapter), `lora_attn_alpha` and
+    `lora_dropout` make a `LoraConfig` where `lora` is not given; they are no attributes.
+
+    Raises:
+        ValueError: a size or a target makes no sense.
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -68,56 +74,68 @@ class GPT2Config:
     n_head: int = 12
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
-    lora_attn_dim: int = 0
-    lora_attn_alpha: float = 128
-    lora_dropout: float = 0.0
-    lora_targets: Sequence[str] = ("q", "v")
-    lora_kind: str = "lora"
-    use_rslora: bool = False
+    lora_attn_dim: InitVar[int] = 0
+    lora_attn_alpha: InitVar[float] = 128
+    lora_dropout: InitVar[float] = 0.0
+    lora: LoraConfig | None = None
 
-    def __post_init__(self) -> None:
-        if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
+    def __post_init__(self, rank: int, alpha: float, dropout: float) -> None:
+        if rank and self.lora is not None:
+            raise ValueError(f"give lora or lora_attn_dim, not both: {self.lora} and {rank}")
+        if rank:
+            self.lora = LoraConfig(rank, alpha, dropout)
+        if unknown := [target for target in self.targets if target not in LORA_TARGETS]:
             raise ValueError(f"target {unknown[0]} is not one of {', '.join(LORA_TARGETS)}")
-        if self.lora_kind not in lora.KINDS:
-            raise ValueError(f"kind {self.lora_kind} is not one of {', '.join(lora.KINDS)}")
-        if "c_attn" in self.lora_targets and set("qkv") & set(self.lora_targets):
+        if "c_attn" in self.targets and set("qkv") & set(self.targets):
             raise ValueError("target c_attn is q, k and v at once; name it or them, not both")
-        if "wte" in self.lora_targets and self.lora_kind != "lora":
-            raise ValueError(f"{self.lora_kind} is for linear layers, target wte is an embedding")
+        if self.lora is not None and "wte" in self.targets and self.lora.kind != "lora":
+            raise ValueError(f"{self.lora.kind} is for linear layers, target wte is an embedding")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
-    def linear(self, target: str, inputs: int, outputs: int) -> lora.Linear:
-        """A linear layer, with the adapter if `target` is one of the config's targets."""
-        settings = self._adapter() if target in self.lora_targets else {}
-        return lora.Linear(inputs, outputs, fan_in_fan_out=True, **settings)
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The adapted layers, none without an adapter."""
+        return self.lora.targets if self.lora is not None else ()
 
-    def fused_linear(self) -> lora.Linear:
+    def linear(self, target: str, inputs: int, outputs: int) -> loralib.Linear:
+        """A linear layer, with the adapter if `target` is one of the config's targets."""
+        settings = self._adapter() if target in self.targets else {}
+        return loralib.Linear(inputs, outputs, fan_in_fan_out=True, **settings)
+
+    def fused_linear(self) -> loralib.Linear:
         """The projection to query, key and value, each of which may have an adapter."""
         sizes = self.n_embd, 3 * self.n_embd
-        if "c_attn" in self.lora_targets:
+        if "c_attn" in self.targets:
             return self.linear("c_attn", *sizes)
-        enabled = [part in self.lora_targets for part in "qkv"]
-        return lora.MergedLinear(
+        enabled = [part in self.targets for part in "qkv"]
+        return loralib.MergedLinear(
             *sizes, enable_lora=enabled, fan_in_fan_out=True, **self._adapter()
         )
 
     def token_embedding(self) -> nn.Embedding:
-        if "wte" not in self.lora_targets:
+        if "wte" not in self.targets:
             return nn.Embedding(self.vocab_size, self.n_embd)
         settings = self._adapter()
         del settings["lora_dropout"], settings["kind"]
-        return lora.Embedding(self.vocab_size, self.n_embd, **settings)
+        return loralib.Embedding(self.vocab_size, self.n_embd, **settings)
 
     def _adapter(self) -> dict:
+        settings = self.lora
+        if settings is None:
+            return {"merge_weights": False}
         return {
-            "r": self.lora_attn_dim,
-            "lora_alpha": self.lora_attn_alpha,
-            "lora_dropout": self.lora_dropout,
+            "r": settings.r,
+            "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout,
             "merge_weights": False,
-            "use_rslora": self.use_rslora,
-            "kind": self.lora_kind,
+            "use_rslora": settings.rslora,
+            "kind": settings.kind,
         }
+
+
+for _name in ("lora_attn_dim", "lora_attn_alpha", "lora_dropout"):
+    delattr(GPT2Config, _name)  # InitVars leave their defaults there, where reading one would lie
 
 
 class DecodeCache:
@@ -349,7 +367,7 @@ class GPT2LMModel(nn.Module):
     def head_weight(self) -> Tensor:
         """(V, C), the token embedding's own weight: an adapter of it does not reach the head."""
         wte = self.transformer.wte
-        return wte.base_weight if isinstance(wte, lora.Embedding) else wte.weight
+        return wte.base_weight if isinstance(wte, loralib.Embedding) else wte.weight
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), by the tied embedding."""
@@ -409,7 +427,7 @@ class GPT2LMModel(nn.Module):
         From then on it can only be run: there is nothing left to train, save or load into. Does
         nothing but merge where there is no oneDNN for it (GPU, other precisions).
         """
-        linears = [(n, m) for n, m in self.named_modules() if isinstance(m, lora.Linear)]
+        linears = [(n, m) for n, m in self.named_modules() if isinstance(m, loralib.Linear)]
         for _, layer in linears:
             layer.merge()
         embedding = self.transformer.wte.weight

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,11 +30,8 @@ from checkpoints.base import (
 )
 from common.errors import InputError
 from common.files import replacing
-from model import (
-    ALL_TARGETS,
-    LORA_TARGETS,
-    GPT2LMModel,
-)
+from loralib import LoraConfig
+from model import ALL_TARGETS, LORA_TARGETS, GPT2LMModel
 
 FORMAT_VERSION = 1
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -174,7 +172,7 @@ def load_with_adapter(
                 f"trained on ({header['base']['name']}); give that one, or --allow_other_base"
             )
     card = (header and header["model_card"]) or args.model_card or card_of(base)
-    model = GPT2LMModel(model_config(card, base, **settings))
+    model = GPT2LMModel(model_config(card, base, lora=settings))
     load_base(model, base, args.init_checkpoint)
     if header is not None and header["model_card"] is None:
         tensors = peft_adapter.fill_blocks(tensors, model)
@@ -212,7 +210,7 @@ def load_adapters(
     return base, models
 
 
-def _settings_from_header(header: dict, args: argparse.Namespace) -> dict:
+def _settings_from_header(header: dict, args: argparse.Namespace) -> LoraConfig | None:
     for flag, field in (("lora_dim", "r"), ("lora_alpha", "alpha"), ("model_card", "model_card")):
         given = getattr(args, flag)
         if None not in (given, header[field]) and given != header[field]:
@@ -221,20 +219,30 @@ def _settings_from_header(header: dict, args: argparse.Namespace) -> dict:
                 f"{header[field]}; leave the flag out"
             )
     if not header["r"]:
-        return {}
-    return {
-        "lora_attn_dim": header["r"],
-        "lora_attn_alpha": header["alpha"],
-        "lora_targets": header["targets"],
-        "lora_kind": header["kind"],
-        "use_rslora": header.get("rslora", False),
-    }
+        return None
+    return _lora_config(
+        f"--adapter {args.adapter}, its header",
+        r=header["r"],
+        alpha=header["alpha"],
+        targets=header["targets"],
+        kind=header["kind"],
+        rslora=header.get("rslora", False),
+    )
 
 
-def _settings_from_tensors(state: Mapping[str, Tensor], args: argparse.Namespace) -> dict:
+def _lora_config(source: str, **settings: Any) -> LoraConfig:
+    try:
+        return LoraConfig(**settings)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _settings_from_tensors(
+    state: Mapping[str, Tensor], args: argparse.Namespace
+) -> LoraConfig | None:
     pairs = {name: t for name, t in state.items() if name.endswith("c_attn.lora_B")}
     if not pairs:
-        return {}
+        return None
     if args.lora_alpha is None:
         raise InputError("these files do not say which alpha the adapter has; give --lora_alpha")
     name, b = next(iter(pairs.items()))
@@ -244,7 +252,7 @@ def _settings_from_tensors(state: Mapping[str, Tensor], args: argparse.Namespace
         raise InputError(f"tensor {name} of shape {list(b.shape)} does not go with its lora_A")
     if args.lora_dim not in (None, rank):
         raise InputError(f"--lora_dim {args.lora_dim} contradicts the adapter's rank {rank}")
-    return {"lora_attn_dim": rank, "lora_attn_alpha": args.lora_alpha, "lora_targets": targets}
+    return _lora_config("--lora_alpha", r=rank, alpha=args.lora_alpha, targets=targets)
 
 
 def apply_trained(model: GPT2LMModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:

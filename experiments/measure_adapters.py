@@ -27,13 +27,13 @@ BASE = ROOT / "data" / "nano" / "model.safetensors"
 IDS = torch.randint(2048, (4, 60), generator=torch.Generator().manual_seed(0))
 KINDS = {
     "LoRA, q,v": {},
-    "LoRA, all": {"lora_targets": ("q", "k", "v", "o", "fc", "proj")},
-    "LoRA, q,v,wte": {"lora_targets": ("q", "v", "wte")},
-    "LoRA, c_attn": {"lora_targets": ("c_attn",)},
+    "LoRA, all": {"targets": ("q", "k", "v", "o", "fc", "proj")},
+    "LoRA, q,v,wte": {"targets": ("q", "v", "wte")},
+    "LoRA, c_attn": {"targets": ("c_attn",)},
     "rsLoRA, q,v": {"use_rslora": True},
-    "DoRA, q,v": {"lora_kind": "dora"},
-    "PiSSA, q,v": {"lora_kind": "pissa"},
-    "LoRA-FA, q,v": {"lora_kind": "lora_fa"},
+    "DoRA, q,v": {"kind": "dora"},
+    "PiSSA, q,v": {"kind": "pissa"},
+    "LoRA-FA, q,v": {"kind": "lora_fa"},
 }
 NATIVE = {
     "c_attn": {},
@@ -86,14 +86,14 @@ def difference(a: Tensor, b: Tensor) -> str:
 @torch.no_grad()
 def our_adapter(folder: Path, settings: dict) -> tuple[Path, Tensor]:
     base = checkpoints.read_base(BASE)
-    rank = {"lora_attn_dim": 4, "lora_attn_alpha": 32}
-    model = GPT2LMModel(checkpoints.model_config("gpt2.nano", base, **rank, **settings))
+    config = lora.LoraConfig(r=4, alpha=32, **settings)
+    model = GPT2LMModel(checkpoints.model_config("gpt2.nano", base, lora=config))
     checkpoints.load_weights(model, base)
     lora.start_from_base(model)
     tensors = lora.lora_state_dict(model)
     shaken(tensors)
     header = convert_adapter.describe(arguments(), model, None, base)
-    header |= {"kind": model.config.lora_kind, "rslora": model.config.use_rslora}
+    header |= {"kind": config.kind, "rslora": config.rslora}
     path = folder / "adapter.safetensors"
     checkpoints.save_adapter(path, tensors, header)
     return path, model.eval()(IDS)[0]
@@ -120,7 +120,7 @@ def exports(work: Path, base: Path) -> list[list[str]]:
 
 
 def adapter_fits_pt(settings: dict) -> bool:
-    return settings in ({}, {"lora_kind": "lora_fa"})
+    return settings in ({}, {"kind": "lora_fa"})
 
 
 def imports(work: Path, base: Path) -> list[list[str]]:
@@ -147,7 +147,7 @@ def counts() -> list[list[str]]:
         for card in ("gpt2.sm", "gpt2.md", "gpt2.lg", "gpt2.xl"):
             names = checkpoints.parse_targets(targets)
             with torch.device("meta"):
-                config = checkpoints.model_config(card, None, lora_attn_dim=4, lora_targets=names)
+                config = checkpoints.model_config(card, None, lora=lora.LoraConfig(targets=names))
                 model = GPT2LMModel(config)
             row.append(f"{sum(t.numel() for t in lora.lora_state_dict(model).values()):,}")
         rows.append(row)

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS = ("lora", "dora", "pissa", "lora_fa")
+from .config import check_kind, check_numbers, scaling
 
 
 def _up(h: Tensor, b: Tensor) -> Tensor:
@@ -66,11 +66,9 @@ class LoRALayer:
         use_rslora: bool,
     ) -> None:
         """Make A and B of these shapes, or neither if they are empty; warn if r is above limit."""
-        if not (isinstance(r, int) and r >= 0 and 0 < alpha < math.inf and 0 <= p < 1):
-            need = "an integer r >= 0, a finite lora_alpha > 0 and 0 <= lora_dropout < 1"
-            raise ValueError(f"need {need}, got r={r}, lora_alpha={alpha}, lora_dropout={p}")
+        check_numbers(r, alpha, p)
         self.r, self.lora_alpha, self.use_rslora = r, alpha, use_rslora
-        self.scaling = alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
+        self.scaling = scaling(r, alpha, use_rslora)
         self.lora_dropout = nn.Dropout(p) if p else nn.Identity()
         if 0 in a:
             return
@@ -204,8 +202,7 @@ class Linear(LoRALayer, nn.Linear):
         **kwargs: Any,
     ) -> None:
         super().__init__(in_features, out_features, **kwargs)
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        check_kind(kind)
         self.fan_in_fan_out, self.kind = fan_in_fan_out, kind
         if fan_in_fan_out:
             self.weight = nn.Parameter(self.weight.detach().T.contiguous())

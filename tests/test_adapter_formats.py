@@ -44,7 +44,8 @@ def hf_base(tiny: Tiny) -> transformers.GPT2LMHeadModel:
 
 def ours(tiny: Tiny, **settings: object) -> tuple[Path, Tensor]:
     """A file with a random adapter, and the logits it should have."""
-    model = GPT2LMModel(GPT2Config(**SHAPE, lora_attn_dim=2, lora_attn_alpha=6, **settings))
+    config = lora.LoraConfig(r=2, alpha=6, **settings)
+    model = GPT2LMModel(GPT2Config(**SHAPE, lora=config))
     base = random_base(TINY_CARD)
     checkpoints.load_weights(model, base)
     lora.start_from_base(model)
@@ -53,10 +54,9 @@ def ours(tiny: Tiny, **settings: object) -> tuple[Path, Tensor]:
         for name, tensor in lora.lora_state_dict(model).items():
             if not name.endswith("0"):
                 tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
-    config = model.config
     header = {
-        "format": 1, "kind": config.lora_kind, "model_card": tiny.card, "r": 2, "alpha": 6,
-        "rslora": config.use_rslora, "dropout": 0.0, "targets": list(config.lora_targets),
+        "format": 1, "kind": config.kind, "model_card": tiny.card, "r": 2, "alpha": 6,
+        "rslora": config.rslora, "dropout": 0.0, "targets": list(config.targets),
         "seed": 5, "step": 7, "vocabulary": None,
         "base": {"name": "tiny", "fingerprint": checkpoints.base_fingerprint(base)},
     }  # fmt: skip
@@ -89,16 +89,16 @@ def error(a: Tensor, b: Tensor) -> float:
 
 SETTINGS = [
     {},
-    {"use_rslora": True},
-    {"lora_targets": ("k",)},
-    {"lora_targets": ALL},
-    {"lora_targets": ALL, "use_rslora": True},
-    {"lora_targets": ("c_attn", "o")},
-    {"lora_targets": ("q", "v", "wte")},
-    {"lora_kind": "dora"},
-    {"lora_kind": "dora", "lora_targets": ALL},
-    {"lora_kind": "pissa", "lora_targets": ("q", "v", "fc")},
-    {"lora_kind": "lora_fa", "lora_targets": ALL},
+    {"rslora": True},
+    {"targets": ("k",)},
+    {"targets": ALL},
+    {"targets": ALL, "rslora": True},
+    {"targets": ("c_attn", "o")},
+    {"targets": ("q", "v", "wte")},
+    {"kind": "dora"},
+    {"kind": "dora", "targets": ALL},
+    {"kind": "pissa", "targets": ("q", "v", "fc")},
+    {"kind": "lora_fa", "targets": ALL},
 ]
 
 
@@ -113,13 +113,13 @@ def test_peft_computes_what_we_do_from_our_export_and_gives_it_back_whole(
     assert error(peft_logits(tiny, folder), expected) < 1e-5
     back = convert(tiny, folder, "safetensors", "back.safetensors")
     assert error(our_logits(tiny, back), expected) < 1e-5
-    if settings.get("lora_kind") != "pissa":  # which comes back as plain LoRA of twice the rank
+    if settings.get("kind") != "pissa":  # which comes back as plain LoRA of twice the rank
         assert back.read_bytes() == adapter.read_bytes()
 
 
 def test_query_and_value_are_one_peft_adapter_of_twice_the_rank(tiny: Tiny) -> None:
     for rslora, alpha in ((False, 12), (True, 6 * 2**0.5)):
-        adapter, _ = ours(tiny, use_rslora=rslora)
+        adapter, _ = ours(tiny, rslora=rslora)
         folder = convert(tiny, adapter, "peft", "peft")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         assert config["lora_alpha"] == pytest.approx(alpha)
@@ -216,7 +216,7 @@ def test_transformers_loads_the_merged_export_with_equal_logits(settings: dict, 
     with torch.no_grad():
         assert error(model.eval()(IDS).logits, expected) < 1e-5
     names = safetensors.torch.load_file(folder / "model.safetensors").keys()
-    untied = "wte" in settings.get("lora_targets", ())
+    untied = "wte" in settings.get("targets", ())
     assert ("lm_head.weight" in names) == untied
     assert not any("lora_" in name or "mask" in name for name in names)
     assert model.config.tie_word_embeddings is not untied
@@ -274,9 +274,7 @@ def test_files_of_the_original_code_under_every_prefix_and_layout(tiny: Tiny) ->
     assert error(our_logits(tiny, back), expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "settings", [{"lora_targets": ("q", "o")}, {"lora_kind": "dora"}, {"lora_kind": "pissa"}]
-)
+@pytest.mark.parametrize("settings", [{"targets": ("q", "o")}, {"kind": "dora"}, {"kind": "pissa"}])
 def test_what_the_original_code_cannot_hold_is_refused(settings: dict, tiny: Tiny) -> None:
     adapter, _ = ours(tiny, **settings)
     with pytest.raises(InputError, match="--to pt.*LoRA on q and v only"):

@@ -137,7 +137,8 @@ def test_inject_refuses_what_it_cannot_do_and_changes_nothing(
 
 def adapted(seed: int, base: nn.Module, **more: object) -> GPT2LMModel:
     """A model on the weights of `base`, with a random adapter."""
-    model = GPT2LMModel(GPT2Config(**SHAPE, **{"lora_attn_dim": 2, "lora_attn_alpha": 8} | more))
+    config = lora.LoraConfig(**{"r": 2, "alpha": 8} | more)
+    model = GPT2LMModel(GPT2Config(**SHAPE, lora=config))
     model.load_state_dict(base.state_dict(), strict=False)
     lora.start_from_base(model)
     randomize(model, seed)
@@ -159,9 +160,9 @@ def test_each_row_of_a_batch_goes_through_its_own_adapter(names: list) -> None:
     base = plain()
     models = {
         "a": adapted(1, base),
-        "b": adapted(2, base, lora_attn_dim=3, use_rslora=True, lora_targets=("q", "k", "o", "fc")),
-        "c": adapted(3, base, lora_targets=("c_attn", "wte"), lora_attn_alpha=2),
-        "d": adapted(4, base, lora_kind="dora"),
+        "b": adapted(2, base, r=3, rslora=True, targets=("q", "k", "o", "fc")),
+        "c": adapted(3, base, targets=("c_attn", "wte"), alpha=2),
+        "d": adapted(4, base, kind="dora"),
     }
     modules = dict(base.named_modules())
     alone = {None: base(IDS)[0]} | {name: model(IDS)[0] for name, model in models.items()}

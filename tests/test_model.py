@@ -14,6 +14,7 @@ from torch import Tensor
 import checkpoints
 import loralib as lora
 import model
+from checkpoints.base import canonical_name
 from common.errors import InputError
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 
@@ -267,7 +268,7 @@ def test_smoothed_loss_of_uniform_logits_is_log_v() -> None:
 
 def test_canonical_name_leaves_canonical_names_alone() -> None:
     for name in tiny_model(lora_attn_dim=2).state_dict():
-        assert model.canonical_name(name) == name
+        assert canonical_name(name) == name
 
 
 def test_attention_of_padded_sequences_is_that_of_each_by_itself() -> None:

@@ -99,17 +99,11 @@ def build_model(
     args: argparse.Namespace, base: dict[str, Tensor] | None, tokenizer: Tokenizer | None
 ) -> GPT2LMModel:
     """The model with its base loaded and the right parameters trainable."""
-    settings = {
-        "lora_attn_dim": args.lora_dim,
-        "lora_attn_alpha": args.lora_alpha,
-        "lora_dropout": args.lora_dropout,
-        "lora_targets": checkpoints.parse_targets(args.lora_targets),
-        "lora_kind": args.lora_kind,
-        "use_rslora": args.use_rslora,
-    }
+    vocabulary = {}
     if base is None and tokenizer is not None:
-        settings["vocab_size"] = tokenizer.get_vocab_size()
-    config = checkpoints.model_config(args.model_card, base, **settings)
+        vocabulary = {"vocab_size": tokenizer.get_vocab_size()}
+    lora_config = adapter_settings(args)
+    config = checkpoints.model_config(args.model_card, base, lora=lora_config, **vocabulary)
     if tokenizer is not None and tokenizer.get_vocab_size() != config.vocab_size:
         raise InputError(
             f"--vocab {args.vocab} has {tokenizer.get_vocab_size()} entries but --init_checkpoint "
@@ -125,6 +119,24 @@ def build_model(
     choose_trained(args, model)
     lora.start_from_base(model)
     return model
+
+
+def adapter_settings(args: argparse.Namespace) -> lora.LoraConfig | None:
+    """What the flags say about the adapter, None for none."""
+    targets = checkpoints.parse_targets(args.lora_targets)
+    if not args.lora_dim:
+        return None
+    try:
+        return lora.LoraConfig(
+            args.lora_dim,
+            args.lora_alpha,
+            args.lora_dropout,
+            targets,
+            args.lora_kind,
+            args.use_rslora,
+        )
+    except ValueError as error:
+        raise InputError(f"--lora_dim, --lora_alpha or --lora_targets: {error}") from error
 
 
 def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
@@ -221,7 +233,7 @@ def describe_adapter(
         "alpha": args.lora_alpha,
         "dropout": args.lora_dropout,
         "rslora": args.use_rslora,
-        "targets": list(model.config.lora_targets) if args.lora_dim else [],
+        "targets": list(model.config.targets),
         "seed": args.random_seed,
         "vocabulary": vocabulary,
         "base": {

@@ -20,6 +20,7 @@ unpickled that could run.
 import argparse
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import checkpoints
 import loralib as lora
+from checkpoints import AdapterHeader
 from checkpoints import peft as peft_adapter
 from common.errors import InputError, Parser
 from common.errors import run as run_program
@@ -52,28 +54,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def describe(
-    args: argparse.Namespace, model: GPT2LMModel, header: dict | None, base: dict[str, Tensor]
-) -> dict:
+    args: argparse.Namespace,
+    model: GPT2LMModel,
+    header: AdapterHeader | None,
+    base: dict[str, Tensor],
+) -> AdapterHeader:
     """The adapter's header, completed with what the model and the base say."""
-    settings = model.config.lora
-    known = {
-        "format": checkpoints.FORMAT_VERSION,
-        "kind": "lora",
-        "r": settings.r if settings else 0,
-        "alpha": settings.alpha if settings else 0.0,
-        "rslora": False,
-        "dropout": 0.0,
-        "targets": list(model.config.targets),
-        "vocabulary": None,
-        "step": 0,
-    } | (header or {})
-    if not known.get("model_card"):
-        known |= {"model_card": args.model_card or checkpoints.card_of(model.state_dict())}
-    if not known.get("base", {}).get("fingerprint"):
-        known["base"] = {
-            "name": Path(args.init_checkpoint).name,
-            "fingerprint": checkpoints.base_fingerprint(base),
-        }
+    known = header or AdapterHeader(
+        lora=model.config.lora,
+        base=checkpoints.Base(None),
+        method="lora" if model.config.lora else "full",
+    )
+    if not known.model_card:
+        card = args.model_card or checkpoints.card_of(model.state_dict())
+        known = replace(known, model_card=card)
+    if not known.base.fingerprint:
+        name, print_ = Path(args.init_checkpoint).name, checkpoints.base_fingerprint(base)
+        known = replace(known, base=checkpoints.Base(name, print_))
     return known
 
 
@@ -85,30 +82,30 @@ def adapter_tensors(args: argparse.Namespace, model: GPT2LMModel) -> dict[str, T
     return {name: own[name].detach() for name in sorted(names)}
 
 
-def write_safetensors(args: argparse.Namespace, model: GPT2LMModel, header: dict) -> None:
+def write_safetensors(args: argparse.Namespace, model: GPT2LMModel, header: AdapterHeader) -> None:
     checkpoints.save_adapter(args.output, adapter_tensors(args, model), header)
 
 
-def write_pt(args: argparse.Namespace, model: GPT2LMModel, header: dict) -> None:
+def write_pt(args: argparse.Namespace, model: GPT2LMModel, header: AdapterHeader) -> None:
     """The original's file: adapters of q and v by name, without their alpha."""
     tensors = adapter_tensors(args, model)
-    if header["kind"] not in ("lora", "lora_fa") or header["targets"] != ["q", "v"]:
+    if header.kind not in ("lora", "lora_fa") or header.lora.targets != ("q", "v"):
+        targets = ",".join(model.config.targets) or "no layer"
         raise InputError(
-            f"--to pt: the original code knows LoRA on q and v only, this is {header['kind']} on "
-            f"{','.join(header['targets'])}; give --to peft or --to merged"
+            f"--to pt: the original code knows LoRA on q and v only, this is {header.kind} on "
+            f"{targets}; give --to peft or --to merged"
         )
-    layers = (m for m in model.modules() if isinstance(m, lora.LoRALayer) and m.adapted)
-    alpha = next(layers).scaling * header["r"]
+    rank, alpha = header.lora.r, header.lora.scaling * header.lora.r
     data = io.BytesIO()
     torch.save({"model_state_dict": tensors}, data)
     with replacing(args.output, "wb") as file:
         file.write(data.getbuffer())
-    print(f"Decode it with --lora_dim {header['r']} --lora_alpha {alpha:g}: the file says neither")
+    print(f"Decode it with --lora_dim {rank} --lora_alpha {alpha:g}: the file says neither")
 
 
-def write_peft(args: argparse.Namespace, model: GPT2LMModel, header: dict) -> None:
-    if not header["r"]:
-        raise InputError(f"--to peft: {header['kind']} training has no adapter; give --to merged")
+def write_peft(args: argparse.Namespace, model: GPT2LMModel, header: AdapterHeader) -> None:
+    if header.lora is None:
+        raise InputError(f"--to peft: {header.kind} training has no adapter; give --to merged")
     biases = any(name.endswith("bias") for name in adapter_tensors(args, model))
     config, tensors, metadata = peft_adapter.write(model, header, biases)
     config_name, tensors_name = checkpoints.PEFT_FILES
@@ -135,7 +132,7 @@ def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
     return state
 
 
-def write_merged(args: argparse.Namespace, model: GPT2LMModel, header: dict) -> None:
+def write_merged(args: argparse.Namespace, model: GPT2LMModel, header: AdapterHeader) -> None:
     folder, config = Path(args.output), model.config
     end_of_text = None
     if args.vocab:
@@ -203,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     model, header = checkpoints.load_with_adapter(args, base)
     header = describe(args, model, header, base)
     WRITERS[args.to](args, model.eval(), header)
-    print(f"{args.adapter} ({header['kind']}, r {header['r']}) written to {args.output}")
+    rank = f", r {header.lora.r}" if header.lora else ""
+    print(f"{args.adapter} ({header.kind}{rank}) written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import checkpoints
 import gpu
+from checkpoints import AdapterHeader
 from common.errors import InputError
 from common.errors import run as run_program
 from common.files import read_json_lines, replacing
@@ -151,7 +152,7 @@ def tasks_of_rows(args: argparse.Namespace) -> list[str | None]:
 
 
 def check_vocabulary(
-    args: argparse.Namespace, tokenizer: Tokenizer, model: GPT2LMModel, header: dict | None
+    args: argparse.Namespace, tokenizer: Tokenizer, model: GPT2LMModel, header: AdapterHeader | None
 ) -> None:
     """Refuse a vocabulary that is not the model's or not the one that the adapter learnt."""
     size = tokenizer.get_vocab_size()
@@ -160,8 +161,8 @@ def check_vocabulary(
             f"--vocab {args.vocab} has {size} entries but --init_checkpoint {args.init_checkpoint} "
             f"{model.config.vocab_size}; give the vocabulary of that base"
         )
-    trained = header and header["vocabulary"]
-    if trained and trained["sha256"] != vocabulary_fingerprint(tokenizer):
+    trained = header and header.vocabulary
+    if trained and trained.sha256 != vocabulary_fingerprint(tokenizer):
         raise InputError(f"--vocab {args.vocab} is not the one that --adapter was trained with")
 
 

@@ -1,7 +1,6 @@
 """Files and formats: base weights, adapters, and the formats they are read from and written to."""
 
 from checkpoints.adapter import (
-    FORMAT_VERSION,
     PEFT_FILES,
     apply_trained,
     load_adapters,
@@ -22,8 +21,10 @@ from checkpoints.base import (
     read_base,
     read_tensors,
 )
+from checkpoints.header import FORMAT_VERSION, AdapterHeader, Base, Vocabulary
 
-__all__ = ["FORMAT_VERSION", "PEFT_FILES", "apply_trained", "base_fingerprint", "card_of"]
-__all__ += ["load_adapters", "load_base", "load_for_decoding", "load_weights", "load_with_adapter"]
-__all__ += ["merge", "model_config", "newest_adapter", "parse_targets", "read_adapter"]
-__all__ += ["read_base", "read_tensors", "save_adapter"]
+__all__ = ["FORMAT_VERSION", "PEFT_FILES", "AdapterHeader", "Base", "Vocabulary"]
+__all__ += ["apply_trained", "base_fingerprint", "card_of", "load_adapters", "load_base"]
+__all__ += ["load_for_decoding", "load_weights", "load_with_adapter", "merge", "model_config"]
+__all__ += ["newest_adapter", "parse_targets", "read_adapter", "read_base", "read_tensors"]
+__all__ += ["save_adapter"]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,27 @@ from checkpoints.base import (
     read_safetensors,
     read_tensors,
 )
+from checkpoints.header import AdapterHeader
 from common.errors import InputError
 from common.files import replacing
 from loralib import LoraConfig
 from model import ALL_TARGETS, LORA_TARGETS, GPT2LMModel
 
-FORMAT_VERSION = 1
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], header: dict) -> None:
+def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], header: AdapterHeader) -> None:
     """Write trained tensors with their header and checksum; equal content gives equal bytes."""
-    header = header | {"sha256": _seal(header, tensors)}
-    metadata = {"adapter": json.dumps(header, sort_keys=True)}  # one entry: several have no order
+    fields = header.to_fields()
+    fields |= {"sha256": _seal(fields, tensors)}
+    metadata = {"adapter": json.dumps(fields, sort_keys=True)}  # one entry: several have no order
     state = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
     data = safetensors.torch.save(state, metadata)
     with replacing(path, "wb") as file:
         file.write(data)
 
 
-def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
+def read_adapter(path: str | Path) -> tuple[AdapterHeader | None, dict[str, Tensor]]:
     """Header and tensors of an adapter file, of the newest one in a run's work_dir, or of a folder
     that PEFT wrote.
 
@@ -63,18 +65,20 @@ def read_adapter(path: str | Path) -> tuple[dict | None, dict[str, Tensor]]:
     if not path.is_file():
         raise InputError(f"--adapter {path} does not exist")
     metadata, tensors = read_safetensors(path)
-    header = _parse_header(metadata, path)
-    if header.pop("sha256", None) != _seal(header, tensors):
+    header = AdapterHeader.from_json(metadata.get("adapter"), f"--adapter {path}")
+    fields = json.loads(metadata["adapter"])
+    if fields.pop("sha256", None) != _seal(fields, tensors):
         raise InputError(f"--adapter {path} is damaged: it is not what was saved")
     return header, tensors
 
 
-def _seal(header: dict, tensors: Mapping[str, Tensor]) -> str:
-    content = json.dumps(header, sort_keys=True) + fingerprint(tensors)
+def _seal(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over a header's fields and the tensors."""
+    content = json.dumps(fields, sort_keys=True) + fingerprint(tensors)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+def _read_peft(folder: Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
     config_path, tensors_path = (folder / name for name in PEFT_FILES)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -82,46 +86,17 @@ def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         raise InputError(f"--adapter {config_path} is no JSON file: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"--adapter {config_path} is not PEFT's configuration of an adapter")
-    metadata, own_header = {}, None
+    own_header = None
     if tensors_path.is_file():
         metadata, tensors = read_safetensors(tensors_path)
+        if "adapter" in metadata:
+            own_header = AdapterHeader.from_json(metadata["adapter"], f"--adapter {tensors_path}")
     else:
         tensors = read_tensors(folder / "adapter_model.bin")
-    if "adapter" in metadata:
-        own_header = _parse_header(metadata, tensors_path)
     try:
         return peft_adapter.read(config, tensors, own_header)
     except InputError as error:
         raise InputError(f"--adapter {folder}: {error}") from error
-
-
-def _parse_header(metadata: Mapping[str, str], path: Path) -> dict:
-    try:
-        header = json.loads(metadata["adapter"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise InputError(f"--adapter {path} has no adapter header; was it made here?") from error
-    _check_header(header, path)
-    return header
-
-
-HEADER_TYPES = {
-    "format": int, "model_card": str, "r": int, "alpha": int | float, "base": dict, "kind": str,
-    "targets": list,
-}  # fmt: skip
-
-
-def _check_header(header: object, path: Path) -> None:
-    fields = header if isinstance(header, dict) else {}
-    version = fields.get("format")
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        raise InputError(f"--adapter {path} has format {version}, this program reads 1")
-    wrong = [key for key, kind in HEADER_TYPES.items() if not isinstance(fields.get(key), kind)]
-    wrong += ["targets"] * any(not isinstance(target, str) for target in fields.get("targets", []))
-    wrong += [f"base {key}" for key in ("name", "fingerprint") if key not in fields.get("base", [])]
-    if wrong:
-        raise InputError(
-            f"--adapter {path} has no good {wrong[0]} in its header; was it made here?"
-        )
 
 
 def newest_adapter(work_dir: str | Path) -> Path:
@@ -138,7 +113,7 @@ def newest_adapter(work_dir: str | Path) -> Path:
 
 def load_for_decoding(
     args: argparse.Namespace, base: Mapping[str, Tensor] | None = None
-) -> tuple[GPT2LMModel, dict | None]:
+) -> tuple[GPT2LMModel, AdapterHeader | None]:
     """As `load_with_adapter`, merged, in eval mode."""
     model, header = load_with_adapter(args, base)
     return merge(model), header
@@ -146,7 +121,7 @@ def load_for_decoding(
 
 def load_with_adapter(
     args: argparse.Namespace, base: Mapping[str, Tensor] | None = None
-) -> tuple[GPT2LMModel, dict | None]:
+) -> tuple[GPT2LMModel, AdapterHeader | None]:
     """The model that `--init_checkpoint` and `--adapter` describe, on `args.device`, and the
     adapter's header (None without one); `base`, if given, is what the former holds.
 
@@ -165,16 +140,16 @@ def load_with_adapter(
         settings = _settings_from_tensors({**base, **tensors}, args)
     else:
         settings = _settings_from_header(header, args)
-        fingerprint = header["base"]["fingerprint"]
-        if fingerprint not in (None, base_fingerprint(base)) and not args.allow_other_base:
+        known = header.base.fingerprint
+        if known not in (None, base_fingerprint(base)) and not args.allow_other_base:
             raise InputError(
                 f"--init_checkpoint {args.init_checkpoint} is not the base that the adapter was "
-                f"trained on ({header['base']['name']}); give that one, or --allow_other_base"
+                f"trained on ({header.base.name}); give that one, or --allow_other_base"
             )
-    card = (header and header["model_card"]) or args.model_card or card_of(base)
+    card = (header and header.model_card) or args.model_card or card_of(base)
     model = GPT2LMModel(model_config(card, base, lora=settings))
     load_base(model, base, args.init_checkpoint)
-    if header is not None and header["model_card"] is None:
+    if header is not None and header.model_card is None:
         tensors = peft_adapter.fill_blocks(tensors, model)
     apply_trained(model, tensors, args.adapter)
     return model.to(args.device), header
@@ -210,31 +185,20 @@ def load_adapters(
     return base, models
 
 
-def _settings_from_header(header: dict, args: argparse.Namespace) -> LoraConfig | None:
-    for flag, field in (("lora_dim", "r"), ("lora_alpha", "alpha"), ("model_card", "model_card")):
+def _settings_from_header(header: AdapterHeader, args: argparse.Namespace) -> LoraConfig | None:
+    trained = {
+        "lora_dim": header.lora.r if header.lora else 0,
+        "lora_alpha": header.lora and header.lora.alpha,
+        "model_card": header.model_card,
+    }
+    for flag, value in trained.items():
         given = getattr(args, flag)
-        if None not in (given, header[field]) and given != header[field]:
+        if None not in (given, value) and given != value:
             raise InputError(
-                f"--{flag} {given} contradicts the adapter, which was trained with "
-                f"{header[field]}; leave the flag out"
+                f"--{flag} {given} contradicts the adapter, which was trained with {value}; leave "
+                "the flag out"
             )
-    if not header["r"]:
-        return None
-    return _lora_config(
-        f"--adapter {args.adapter}, its header",
-        r=header["r"],
-        alpha=header["alpha"],
-        targets=header["targets"],
-        kind=header["kind"],
-        rslora=header.get("rslora", False),
-    )
-
-
-def _lora_config(source: str, **settings: Any) -> LoraConfig:
-    try:
-        return LoraConfig(**settings)
-    except ValueError as error:
-        raise InputError(f"{source}: {error}") from error
+    return header.lora and replace(header.lora, dropout=0.0)
 
 
 def _settings_from_tensors(
@@ -252,7 +216,10 @@ def _settings_from_tensors(
         raise InputError(f"tensor {name} of shape {list(b.shape)} does not go with its lora_A")
     if args.lora_dim not in (None, rank):
         raise InputError(f"--lora_dim {args.lora_dim} contradicts the adapter's rank {rank}")
-    return _lora_config("--lora_alpha", r=rank, alpha=args.lora_alpha, targets=targets)
+    try:
+        return LoraConfig(rank, args.lora_alpha, targets=targets)
+    except ValueError as error:
+        raise InputError(f"--lora_alpha: {error}") from error
 
 
 def apply_trained(model: GPT2LMModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:

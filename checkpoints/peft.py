@@ -5,16 +5,18 @@ reaches only one of query, key and value, it is read as adapters of these; other
 whole, target `c_attn`. Both are the same function as in PEFT.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import loralib as lora
+from checkpoints.header import AdapterHeader, Base
 from common.errors import InputError
+from loralib import LoraConfig
 from loralib.peft import Pair, common_rank_and_scaling, from_peft, padded, split_parts, to_peft
 from model import LORA_TARGETS, GPT2LMModel
 
@@ -22,8 +24,8 @@ PARTS = "qkv"
 
 
 def read(
-    config: Mapping, tensors: Mapping[str, Tensor], own_header: dict | None = None
-) -> tuple[dict, dict[str, Tensor]]:
+    config: Mapping, tensors: Mapping[str, Tensor], own_header: AdapterHeader | None = None
+) -> tuple[AdapterHeader, dict[str, Tensor]]:
     """Header and tensors, as of a file of this repository, for a PEFT adapter of GPT-2.
 
     The header has no model card and, unless the file was exported here (`own_header`, for which
@@ -37,33 +39,38 @@ def read(
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"this PEFT adapter cannot be read: {error}") from error
     modules = {name: _module(name) for name in pairs}
-    own = own_header or {"targets": [], "r": 0}
-    owners = [PARTS.index(t) for t in own["targets"] if t in PARTS for _ in range(own["r"])]
+    own = own_header.lora if own_header else None
+    owners = (
+        [PARTS.index(t) for t in own.targets if t in PARTS for _ in range(own.r)] if own else []
+    )
     targets, layers = _by_target(pairs, modules, owners)
     r, scaling = common_rank_and_scaling([p for own in layers.values() for p in own.values()])
-    rslora = bool(config.get("use_rslora"))
-    header = {
-        "format": 1,
-        "kind": "dora" if config.get("use_dora") else "lora",
-        "model_card": None,
-        "r": r,
-        "alpha": scaling * (math.sqrt(r) if rslora else r),
-        "rslora": rslora,
-        "dropout": config.get("lora_dropout", 0.0),
-        "targets": targets,
-        "vocabulary": None,
-        "base": {"name": config.get("base_model_name_or_path"), "fingerprint": None},
-        "step": 0,
-    }
-    if own_header is not None and _agree(own_header, targets, r, scaling):
+    header = AdapterHeader(
+        lora=_lora_config(config, targets, r, scaling),
+        base=Base(config.get("base_model_name_or_path")),
+    )
+    if own_header is not None and _agree(own_header.lora, header.lora):
         header = own_header
     return header, _tensors(layers, targets, r, scaling) | biases
 
 
-def _agree(header: Mapping, targets: list[str], r: int, scaling: float) -> bool:
-    rank = math.sqrt(header["r"]) if header["rslora"] else header["r"]
-    same = header["targets"] == targets and header["r"] == r
-    return same and math.isclose(header["alpha"] / rank, scaling)
+def _lora_config(config: Mapping, targets: list[str], r: int, scaling: float) -> LoraConfig:
+    """The settings of the adapter at one rank and scaling; raises InputError."""
+    rslora = bool(config.get("use_rslora"))
+    alpha, dropout = scaling * (math.sqrt(r) if rslora else r), config.get("lora_dropout", 0.0)
+    kind = "dora" if config.get("use_dora") else "lora"
+    try:
+        return LoraConfig(r, alpha, dropout, tuple(targets), kind, rslora)
+    except ValueError as error:
+        raise InputError(f"this PEFT adapter cannot be read: {error}") from error
+
+
+def _agree(own: LoraConfig | None, found: LoraConfig | None) -> bool:
+    """Whether settings of our own header say what the tensors of the folder are."""
+    if own is None or found is None:
+        return False
+    same = (own.targets, own.r) == (found.targets, found.r)
+    return same and math.isclose(own.scaling, found.scaling)
 
 
 def _module(name: str) -> str:
@@ -138,17 +145,17 @@ def fill_blocks(tensors: dict[str, Tensor], model: GPT2LMModel) -> dict[str, Ten
 
 
 def write(
-    model: GPT2LMModel, header: Mapping, biases: bool
+    model: GPT2LMModel, header: AdapterHeader, biases: bool
 ) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
     """Configuration, tensors and file metadata of the PEFT folder for the adapter in `model`."""
     bias = "none"
     if biases:
-        bias = header.get("settings", {}).get("train_bias", "all")
+        bias = (header.settings or {}).get("train_bias", "all")
     config, tensors = to_peft(model, bias)
-    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": header["base"]["name"]}
-    own = dict(header)
-    if header["kind"] == "pissa":
-        own |= {"kind": "lora", "r": 2 * header["r"], "alpha": 2 * header["alpha"], "rslora": False}
-        layer = next(m for m in model.modules() if isinstance(m, lora.LoRALayer) and m.adapted)
-        own["alpha"] = layer.scaling * own["r"]
-    return config, tensors, {"format": "pt", "adapter": json.dumps(own, sort_keys=True)}
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": header.base.name}
+    if header.lora and header.kind == "pissa":  # which PEFT holds as LoRA of twice the rank
+        r, alpha = 2 * header.lora.r, 2 * header.lora.r * header.lora.scaling
+        header = replace(
+            header, lora=replace(header.lora, r=r, alpha=alpha, kind="lora", rslora=False)
+        )
+    return config, tensors, {"format": "pt", "adapter": header.to_json()}

@@ -93,7 +93,6 @@ def our_adapter(folder: Path, settings: dict) -> tuple[Path, Tensor]:
     tensors = lora.lora_state_dict(model)
     shaken(tensors)
     header = convert_adapter.describe(arguments(), model, None, base)
-    header |= {"kind": config.kind, "rslora": config.rslora}
     path = folder / "adapter.safetensors"
     checkpoints.save_adapter(path, tensors, header)
     return path, model.eval()(IDS)[0]

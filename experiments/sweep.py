@@ -180,8 +180,8 @@ def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -
         "rows": setting.rows,
         "targets": setting.targets,
         "lr": KINDS[setting.kind][1],
-        "steps": header["step"],
-        "batch": header["settings"]["global_batch"],
+        "steps": header.step,
+        "batch": header.settings["global_batch"],
         "trainable": run_json["settings"]["trained_parameters"],
         "scores": {name: value and round(value, 4) for name, value in scores.items()},
         "valid_loss": {
@@ -190,7 +190,7 @@ def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -
         },
         "curves": curves,
         "seconds": seconds,
-        "base": header["base"]["fingerprint"],
+        "base": header.base.fingerprint,
         "git_commit": run_json["git_commit"],
         "torch": run_json["torch"],
     }

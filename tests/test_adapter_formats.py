@@ -16,6 +16,7 @@ import checkpoints
 import convert_adapter
 import gpt2_ft
 import loralib as lora
+from checkpoints import AdapterHeader, Base
 from common.errors import InputError
 from model import GPT2Config, GPT2LMModel
 
@@ -54,12 +55,13 @@ def ours(tiny: Tiny, **settings: object) -> tuple[Path, Tensor]:
         for name, tensor in lora.lora_state_dict(model).items():
             if not name.endswith("0"):
                 tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
-    header = {
-        "format": 1, "kind": config.kind, "model_card": tiny.card, "r": 2, "alpha": 6,
-        "rslora": config.rslora, "dropout": 0.0, "targets": list(config.targets),
-        "seed": 5, "step": 7, "vocabulary": None,
-        "base": {"name": "tiny", "fingerprint": checkpoints.base_fingerprint(base)},
-    }  # fmt: skip
+    header = AdapterHeader(
+        lora=model.config.lora,
+        base=Base("tiny", checkpoints.base_fingerprint(base)),
+        model_card=tiny.card,
+        step=7,
+        seed=5,
+    )
     path = tiny.folder / "adapter.safetensors"
     checkpoints.save_adapter(path, lora.lora_state_dict(model), header)
     with torch.no_grad():

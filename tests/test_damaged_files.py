@@ -18,6 +18,7 @@ import checkpoints
 import gpt2_ft
 from common.errors import InputError
 from common.files import replacing
+from model import GPT2Config, GPT2LMModel
 from training import resume
 
 
@@ -33,7 +34,7 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 
 def load_base(path: Path) -> None:
-    model = checkpoints.GPT2LMModel(checkpoints.GPT2Config(VOCABULARY, 32, **TINY_CARD))
+    model = GPT2LMModel(GPT2Config(VOCABULARY, 32, **TINY_CARD))
     checkpoints.load_base(model, checkpoints.read_base(path), path)
 
 

@@ -258,4 +258,4 @@ def test_the_readmes_command_trains_the_shipped_base_on_the_shipped_sample(tmp_p
     assert code == 0, err
     assert out.startswith("Neither --train_data nor --init_checkpoint given")
     header, _ = read_adapter(tmp_path / "runs" / "001")
-    assert (header["model_card"], header["r"], header["step"]) == ("gpt2.nano", 4, 3)
+    assert (header.model_card, header.lora.r, header.step) == ("gpt2.nano", 4, 3)

@@ -139,7 +139,7 @@ def test_a_signal_lets_the_step_end_and_saves_it(
         patch.setattr(gpt2_ft, "optimizer_step", signalled)
         gpt2_ft.main(argv)
     assert ended.value.code == code
-    assert read_adapter(tiny.folder / "run")[0]["step"] == 5
+    assert read_adapter(tiny.folder / "run")[0].step == 5
     gpt2_ft.main(argv)
     whole, stopped = adapters(tiny.folder / "whole"), adapters(tiny.folder / "run")
     assert all(stopped[name] == content for name, content in whole.items())
@@ -157,7 +157,7 @@ def test_a_terminated_process_exits_143_and_its_run_resumes_to_the_same_bytes(na
     assert (status, err) == (143, "")
     stopped_at = torch.load(log.with_name("state.pt"), weights_only=True)["progress"]["step"]
     assert 1 < stopped_at < 26
-    assert read_adapter(log.parent)[0]["step"] == stopped_at
+    assert read_adapter(log.parent)[0].step == stopped_at
 
     gpt2_ft.main(argv)
     gpt2_ft.main(nano.argv("whole", *more))
@@ -329,7 +329,7 @@ def test_best_on_validation_and_last_are_both_kept_and_named(
     losses = {r["step"]: r["loss"] for r in log_records(folder) if r["kind"] == "valid"}
     assert set(losses) == {4, 6, 8, 12}
     header, _ = read_adapter(folder / "model.best.safetensors")
-    assert header["step"] == min(losses, key=losses.get)
+    assert header.step == min(losses, key=losses.get)
     *_, last_line = capsys.readouterr().out.splitlines()
     assert "model.12.safetensors" in last_line and "model.best.safetensors" in last_line
 

@@ -15,6 +15,7 @@ import torch
 
 import checkpoints
 import gpu
+from checkpoints import AdapterHeader
 from checkpoints.base import read_pickle
 from common.errors import InputError
 from common.files import replacing
@@ -90,7 +91,7 @@ def save(run: Run) -> None:
     if run.args.rank == 0:
         state = {
             "format": checkpoints.FORMAT_VERSION,
-            "header": run.header,
+            "header": run.header.to_fields(),
             "progress": {name: getattr(run, name) for name in PROGRESS},
             "trained": {name: p.detach() for name, p in run.kept.items()},
             "optimizer": run.optimizer.state_dict(),
@@ -178,9 +179,9 @@ def check_equal_states(args: argparse.Namespace, state: dict | None) -> None:
         )
 
 
-def check_settings(state: dict, header: dict) -> None:
+def check_settings(state: dict, header: AdapterHeader) -> None:
     """Refuse to go on with a run under settings, data or a base that would change its result."""
-    then, now = _flat(state["header"]), _flat(header)
+    then, now = _flat(state["header"]), _flat(header.to_fields())
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if changed:
         first = changed[0]
@@ -192,7 +193,7 @@ def check_settings(state: dict, header: dict) -> None:
 
 def _flat(header: dict) -> dict:
     nested = {key: value for key, value in header.items() if isinstance(value, dict)}
-    flat = {key: value for key, value in header.items() if key not in nested}
+    flat = {key: value for key, value in header.items() if key not in (*nested, "step")}
     for key, value in nested.items():
         names = {name: name if key == "settings" else f"{key} {name}" for name in value}
         flat |= {names[name]: inner for name, inner in value.items()}

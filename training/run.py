@@ -3,7 +3,7 @@
 import argparse
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import checkpoints
 import gpu
 import loralib as lora
+from checkpoints import AdapterHeader
 from data_utils import EpochSampler, FT_Dataset
 from training.log import RunLog
 
@@ -53,7 +54,7 @@ class Run:
     train: FT_Dataset
     valid: FT_Dataset | None
     sampler: EpochSampler
-    header: dict
+    header: AdapterHeader
     tokenizer: Tokenizer | None = None
     log: RunLog | None = None
     step: int = 0
@@ -103,5 +104,5 @@ class Run:
 def write_adapter(run: Run, name: int | str) -> None:
     """Write the adapter's tensors as they are after `run.step` steps; rank 0 only."""
     if run.args.rank == 0:
-        header = run.header | {"step": run.step}
+        header = replace(run.header, step=run.step)
         checkpoints.save_adapter(run.adapter_path(name), run.kept, header)

@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 import checkpoints
 import gpu
 import loralib as lora
+from checkpoints import AdapterHeader, Base, Vocabulary
 from common.errors import InputError
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer, vocabulary_fingerprint
 from model import GPT2Config, GPT2LMModel
@@ -159,10 +160,10 @@ def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
     args.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def kind_of(args: argparse.Namespace) -> str:
+def method_of(args: argparse.Namespace) -> str:
     """What is trained, as adapter headers say it."""
     if args.lora_dim:
-        return args.lora_kind
+        return "lora"
     return "bias" if args.train_bias == "all" else "top" if args.train_top else "full"
 
 
@@ -219,30 +220,22 @@ def plan_steps(args: argparse.Namespace, rows: int, state: dict | None) -> Epoch
 
 def describe_adapter(
     args: argparse.Namespace, model: GPT2LMModel, tokenizer: Tokenizer | None
-) -> dict:
+) -> AdapterHeader:
     """The header of the run's adapter files, all but the step: what decides their content."""
-    vocabulary = tokenizer and {
-        "size": tokenizer.get_vocab_size(),
-        "sha256": vocabulary_fingerprint(tokenizer),
-    }
-    return {
-        "format": checkpoints.FORMAT_VERSION,
-        "kind": kind_of(args),
-        "model_card": args.model_card,
-        "r": args.lora_dim,
-        "alpha": args.lora_alpha,
-        "dropout": args.lora_dropout,
-        "rslora": args.use_rslora,
-        "targets": list(model.config.targets),
-        "seed": args.random_seed,
-        "vocabulary": vocabulary,
-        "base": {
-            "name": Path(args.init_checkpoint).name,
-            "fingerprint": checkpoints.base_fingerprint(model.state_dict()),
-        },
-        "train_data": hashlib.sha256(Path(args.train_data).read_bytes()).hexdigest(),
-        "settings": {name: getattr(args, name) for name in RESULT_SETTINGS},
-    }
+    vocabulary = tokenizer and Vocabulary(
+        tokenizer.get_vocab_size(), vocabulary_fingerprint(tokenizer)
+    )
+    base = checkpoints.base_fingerprint(model.state_dict())
+    return AdapterHeader(
+        lora=model.config.lora,
+        base=Base(Path(args.init_checkpoint).name, base),
+        method=method_of(args),
+        model_card=args.model_card,
+        vocabulary=vocabulary,
+        seed=args.random_seed,
+        train_data=hashlib.sha256(Path(args.train_data).read_bytes()).hexdigest(),
+        settings={name: getattr(args, name) for name in RESULT_SETTINGS},
+    )
 
 
 def print_args(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ SHOWN_SETTINGS = (
 def show_settings(run: Run) -> None:
     """Put the settings of a run on the page of hyper-parameters, beside its best validation loss,
     or the last training loss where nothing is validated."""
-    own = {name: getattr(run.args, name) for name in SHOWN_SETTINGS} | {"kind": run.header["kind"]}
+    own = {name: getattr(run.args, name) for name in SHOWN_SETTINGS} | {"kind": run.header.kind}
     run.log.show_settings(own, "valid/best_loss" if run.valid else "train/loss")
 
 

@@ -46,7 +46,9 @@ def test_training_gives_the_pinned_header_tensors_and_state(
         moved = measure.furthest(then[part]["values"], now[part]["values"])
         assert moved <= TOLERANCE[kind], part
         if SAME_PROCESSOR:
-            assert now[part]["sha256"] == then[part]["sha256"], f"{part} moved by {moved:.1e}"
+            assert now[part]["sha256"] == then[part]["sha256"], (
+                f"{part}: stored values moved {moved:.1e}"
+            )
 
 
 def same_dropout() -> bool:

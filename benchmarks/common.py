@@ -20,13 +20,12 @@ from safetensors.torch import save_file
 
 from common.files import write_json
 from data.convert_e2e import e2e_rows
+from data.rows import write_jsonl
 from data_utils import END_OF_TEXT, load_tokenizer, read_rows
 from gpu import peak_resident_bytes
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 
 ROOT = Path(__file__).resolve().parent.parent
-
-SHARED = ROOT.parent / "shared"
 NANO = ROOT / "data" / "nano"
 SIZES = {"sm": "gpt2.sm", "small": "gpt2.nano"}  # small: with the vocabulary of GPT-2
 RESULTS = ROOT / "results" / "bench"
@@ -93,16 +92,16 @@ def gemm(_settings: dict) -> Callable[[list], dict]:
 
 
 def read_samples(name: str, folder: Path) -> tuple[str, Path]:
-    """E2E's rows, or the shipped sample's where there is no ../shared: what they are, and a JSONL
-    of token ids in `folder`."""
-    if (SHARED / "data" / "e2e").is_dir():
-        source, tokenizer = "E2E", load_tokenizer(SHARED / "data" / "gpt2_vocab")
-        text = folder / f"{name}.text.jsonl"
-        rows = e2e_rows(SHARED / "data" / "e2e" / f"{name}.txt")
-        text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    else:
+    """E2E's rows and GPT-2's vocabulary from `$DATA_DIR`, else those of the shipped sample: what
+    they are, and a JSONL of token ids in `folder`."""
+    data = Path(os.environ["DATA_DIR"]) if os.environ.get("DATA_DIR") else None
+    if data is None:
         source, tokenizer = "the shipped sample", load_tokenizer(NANO)
         text = ROOT / "data" / "sample" / f"{name}.jsonl"
+    else:
+        source, tokenizer = "E2E", load_tokenizer(data / "gpt2_vocab")
+        text = folder / f"{name}.text.jsonl"
+        write_jsonl(text, e2e_rows(str(data / "e2e" / f"{name}.txt")))
     path = folder / f"{name}.jsonl"
     rows = read_rows(text, tokenizer, tokenizer.get_vocab_size())
     end = {tokenizer.token_to_id(END_OF_TEXT): 50256}  # the peers' models have GPT-2's

@@ -3,8 +3,9 @@
     python -m benchmarks.decode                     gpt2.sm with random weights: all 64 steps
     python -m benchmarks.decode --size small        4 layers, 256 wide, trained here: texts end
 
-In each round all sequences of `--search hf` must equal transformers', and before, where ../shared
-is there, those of `--search original` the original code's. The result goes to results/bench/.
+In each round all sequences of `--search hf` must equal transformers'; that those of `--search
+original` equal the original code's is a test, tests/test_oracles.py. The contexts are E2E's where
+DATA_DIR names the raw files, else the shipped sample's. The result goes to results/bench/.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import gpt2_ft
 import gpu
-from benchmarks import common, decode_peers
+from benchmarks import common
 from common.files import read_json_lines
 from training.setup import prepare
 
@@ -69,28 +70,6 @@ def write_trained_base(args: argparse.Namespace, path: Path) -> None:
         loss, *_ = gpt2_ft.optimizer_step(run, rows)
     print(f"the small model's last loss: {loss:.3f}")
     save_file(run.model.state_dict(), path)
-
-
-def check_oracle(folder: Path) -> str:
-    """Compare with the original's own outputs, where they are there; how many were equal."""
-    path = common.SHARED / "oracle" / "decode.json"
-    if not path.is_file():
-        return "not there"
-    oracle, compared = json.loads(path.read_text(encoding="utf-8")), 0
-    base = load_file(path.with_name(oracle["base"]))
-    save_file({name: tensor.float() for name, tensor in base.items()}, folder / "oracle")
-    shape = {key: oracle[key] for key in ("n_layer", "n_embd", "n_head")}
-    shape |= {"vocab_size": oracle["vocab"], "n_positions": base["wpe.weight"].size(0)}
-    for decodes in oracle["sets"]:
-        rules = dict(decodes["settings"])
-        rules["end_ids"] = rules.pop("eos_token_id")
-        settings = {"shape": shape, "base": str(folder / "oracle"), "batch": 8, "rules": rules}
-        outputs = decode_peers.ours("original")(settings)(decodes["contexts"])["outputs"]
-        for ours, theirs in zip(outputs, decodes["outputs"], strict=True):
-            if ours != theirs[: len(ours)] or any(theirs[len(ours) :]):
-                sys.exit(f"a sequence of the set {decodes['name']} differs from the original's")
-        compared += len(outputs)
-    return f"{compared} of {compared} sequences equal"
 
 
 def time_peers(settings: dict, path: Path, contexts: list[list[int]]) -> dict:
@@ -143,8 +122,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        oracle = check_oracle(folder)
-        print(f"the original's outputs: {oracle}")
         base = folder / "base.safetensors"
         if args.size == "small":
             write_trained_base(args, base)
@@ -167,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         "benchmark": "decode", "size": args.size, "rows": source, "batch": args.batch,
         "rules": settings["rules"], "contexts": args.rounds * args.contexts,
         "rows_per_context": repeats, "machine": common.machine(args.threads),
-        "gate": {"original": oracle, "differ_from_transformers": timing["differ"]},
+        "gate": {"differ_from_transformers": timing["differ"]},
         **compare(timing, args.size, args.batch, repeats), "raw": timing,
     }  # fmt: skip
     for name, ratio in result["ours_faster"].items():

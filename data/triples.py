@@ -39,17 +39,18 @@ def without_e2e(rows: Iterable[Row], e2e: Iterable[Row]) -> Iterator[Row]:
             yield {"context": row["context"], "completion": row["completion"]}
 
 
-def raw_file(folder: Path, task: str, name: str) -> Path:
-    """The file or its gzipped form.
+def raw_file(task: str, name: str) -> Path:
+    """The file, plain or gzipped, in `$DATA_DIR/TASK`, else in data_raw/TASK.
 
     Raises InputError where neither is there.
     """
-    for path in (folder / task / name, folder / task / f"{name}.gz", Path("data_raw", task, name)):
+    roots = [Path(root) for root in (os.environ.get("DATA_DIR"), "data_raw") if root]
+    for path in (root / task / own for root in roots for own in (name, f"{name}.gz")):
         if path.is_file():
             return path
     raise InputError(
-        f"{folder / task / name} is not there; bash scripts/download_data.sh gets it, or DATA_DIR "
-        "names the folder of another copy"
+        f"{roots[0] / task / name} is missing; run bash scripts/download_data.sh {task}, or "
+        "name by DATA_DIR a folder that holds it"
     )
 
 
@@ -57,11 +58,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    raw = Path(os.environ.get("DATA_DIR", "../shared/data"))
-    rows = list(webnlg_rows(str(raw_file(raw, "webnlg", "train.json"))))
+    rows = list(webnlg_rows(str(raw_file("webnlg", "train.json"))))
     for name in DART:
-        rows += (r for r in dart_rows(str(raw_file(raw, "dart", name))) if r["source"] != "e2e")
-    e2e = [row for name in E2E for row in e2e_rows(str(raw_file(raw, "e2e", name)))]
+        rows += (r for r in dart_rows(str(raw_file("dart", name))) if r["source"] != "e2e")
+    e2e = [row for name in E2E for row in e2e_rows(str(raw_file("e2e", name)))]
     kept = list(without_e2e(rows, e2e))
     random.Random(0).shuffle(kept)
     for split, part in (("valid", kept[:VALID_ROWS]), ("train", kept[VALID_ROWS:])):

@@ -12,7 +12,6 @@ import argparse
 import time
 from dataclasses import replace
 
-# Run as a script from anywhere: the repository's packages are found beside this folder, not in it.
 from common.errors import InputError, run
 from common.files import replacing, write_json
 from eval import bootstrap, coco, official, tables, texts

@@ -13,7 +13,6 @@ import json
 import statistics
 from pathlib import Path
 
-# Run as a script from anywhere: the repository's packages are found beside this folder, not in it.
 from common.errors import InputError, run
 from common.files import read_json_lines, write_json
 

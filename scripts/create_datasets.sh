@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
 # Raw data to datasets/{e2e,webnlg,dart}/{train,valid,test}.jsonl:
 #   bash scripts/create_datasets.sh [e2e] [webnlg] [dart]      all three when none is named
-# Raw files (plain or .gz) come from DATA_DIR, else from ../shared/data if it exists; what is not
-# there is downloaded into data_raw/, unless its split stands already.
+# Raw files, plain or .gz, are read from DATA_DIR (TASK/FILE in it) where that has them; the others
+# are downloaded into data_raw/, unless the split has been made already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} # the standard library is enough
-raw=${DATA_DIR:-../shared/data}
 
 convert() { # TASK FILE SPLIT
-  local target=datasets/$1/$3.jsonl source=$raw/$1/$2
-  [ -f "$source" ] || source=$source.gz
-  if [ ! -f "$source" ]; then
-    [ ! -f "$target" ] || { echo "$target: is there already"; return; }
-    "$python" -m data.download "$1" "data_raw/$1" "$2" || return
-    source=data_raw/$1/$2
+  local target=datasets/$1/$3.jsonl source=
+  for source in ${DATA_DIR:+"$DATA_DIR/$1/$2" "$DATA_DIR/$1/$2.gz"}; do
+    if [ -f "$source" ]; then
+      "$python" -m "data.convert_$1" "$source" "$target"
+      return
+    fi
+  done
+  if [ -f "$target" ]; then
+    echo "$target is already there"
+    return
   fi
-  "$python" -m "data.convert_$1" "$source" "$target"
+  "$python" -m data.download "$1" "data_raw/$1" "$2" || return
+  "$python" -m "data.convert_$1" "data_raw/$1/$2" "$target"
 }
 
 for task in ${*:-e2e webnlg dart}; do
@@ -30,10 +34,10 @@ for task in ${*:-e2e webnlg dart}; do
     dart)
       convert dart dart-v1.1.1-full-dev.json valid
       convert dart dart-v1.1.1-full-test.json test
-      # Where all is made, a training file that cannot be had spoils nothing else.
+      # With all three data sets, a training file that cannot be downloaded stops none of the rest.
       convert dart dart-v1.1.1-full-train.json train || [ $# = 0 ] || exit 2 ;;
     *)
-      echo "error: $task is no data set; name e2e, webnlg or dart" >&2
+      echo "error: $task is not a data set; name e2e, webnlg or dart" >&2
       exit 2 ;;
   esac
 done

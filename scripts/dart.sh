@@ -12,7 +12,7 @@
 # is what gpt2.sm was measured to take (docs/performance.md) times 3.2, as medium multiplies so much
 # more, and by the length of the rows.
 #
-# What may be set is in pipeline.sh; the nano base wants a rate as in e2e.sh.
+# What may be set is in pipeline.sh; MODEL=gpt2.nano needs the learning rate shown in e2e.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 task=dart

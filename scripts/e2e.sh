@@ -13,10 +13,10 @@
 # is what gpt2.sm was measured to take (docs/performance.md) times 3.2, as medium multiplies so much
 # more, and by the length of the rows.
 #
-# What may be set is in pipeline.sh. The nano base wants a higher rate than GPT-2; for a look at the
-# whole path in minutes:
-#   TRAIN_ROWS=8000 VALID_ROWS=400 TEST_ROWS=1000 MAX_STEP=1000 WARMUP_STEP=100 LR=5e-3 \
-#     bash scripts/e2e.sh
+# What may be set is in pipeline.sh. The nano base needs a higher learning rate than GPT-2; to
+# see the whole path in minutes:
+#   MODEL=gpt2.nano TRAIN_ROWS=8000 VALID_ROWS=400 TEST_ROWS=1000 MAX_STEP=1000 WARMUP_STEP=100 \
+#     LR=5e-3 bash scripts/e2e.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 task=e2e

@@ -2,18 +2,18 @@
 # scores, a result JSON and its table. Stops at the first step that fails.
 #
 #   bash scripts/e2e.sh --dry_run      sizes and steps of the run; needs no weights, trains nothing
-#   bash scripts/e2e.sh                the run; again with RESUME=1 it goes on where it was
-#   SEEDS="110 111 112" bash scripts/e2e.sh    a run a seed, in WORK_DIR/seed-N; their mean +- sd
+#   bash scripts/e2e.sh                the run; again with RESUME=1 it continues
+#   SEEDS="110 111 112" bash scripts/e2e.sh    one run per seed, in WORK_DIR/seed-N; mean +- sd
 #
-#   MODEL=gpt2.md          card; its weights are looked for in pretrained_checkpoints/
+#   MODEL=gpt2.md          card; gpt2.sm, md, lg, xl are downloaded, gpt2.nano is shipped
 #   INIT_CHECKPOINT=FILE   base weights of your own; VOCAB=FOLDER their vocabulary
 #   NPROC=1                processes on this machine; the global batch grows with it
 #   SEED=110  PRECISION=fp32|bf16|fp16  WORK_DIR=runs/TASK  RESUME=1
-#   DATA_DIR=FOLDER        raw data; otherwise ../shared/data, otherwise downloaded
+#   DATA_DIR=FOLDER        raw data and vocabulary; what it lacks is downloaded
 #   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP= LR=  smaller than the real thing
 
 source scripts/venv.sh requirements.txt
-threads=$(($(nproc) / ${NPROC:-1}))
+threads=$(($(cores) / ${NPROC:-1}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 work_dir=${WORK_DIR:-runs/$task}
 launch=(python)
@@ -21,37 +21,50 @@ launch=(python)
 
 say() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
 
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# Sets card, base and vocab; downloads published weights and their vocabulary.
 choose_base() {
-  local -A folders=([gpt2.sm]=gpt2 [gpt2.md]=gpt2-medium [gpt2.lg]=gpt2-large [gpt2.xl]=gpt2-xl)
-  card=${MODEL:-gpt2.md} vocab=${VOCAB:-vocab}
-  base=${INIT_CHECKPOINT:-pretrained_checkpoints/${folders[$card]:-none}/model.safetensors}
-  if [ -z "${INIT_CHECKPOINT:-}$dry_run" ] && [ "$card" != gpt2.nano ] && [ ! -f "$base" ]; then
-    echo "No pretrained weights at $base (scripts/download_pretrained_checkpoints.sh has them):"
-    echo "starting from the shipped nano base with its own vocabulary. Expect none of the above scores."
-    card=gpt2.nano
+  local shipped='' published=''
+  card=${MODEL:-gpt2.md} base=${INIT_CHECKPOINT:-} vocab=${VOCAB:-vocab}
+  case $card in
+    gpt2.nano | gpt2.mini) shipped=data/${card#gpt2.} ;;
+    gpt2.sm) published=gpt2 ;;
+    gpt2.md) published=gpt2-medium ;;
+    gpt2.lg) published=gpt2-large ;;
+    gpt2.xl) published=gpt2-xl ;;
+    *) fail "MODEL=$card is not a model card; name gpt2.nano, mini, sm, md, lg or xl" ;;
+  esac
+  if [ -z "$base" ] && [ -n "$shipped" ]; then
+    base=$shipped/model.safetensors vocab=${VOCAB:-$shipped}
+    [ -f "$base" ] || fail "MODEL=$card: $base is missing; make it by python -m data.make_base ${card#gpt2.}"
+  elif [ -z "$base" ]; then
+    base=pretrained_checkpoints/$published/model.safetensors
+    [ -n "$dry_run" ] || bash scripts/download_pretrained_checkpoints.sh "$published"
   fi
-  if [ -z "${INIT_CHECKPOINT:-}" ] && [ "$card" = gpt2.nano ]; then
-    base=data/nano/model.safetensors vocab=data/nano
-  elif [ -z "${VOCAB:-}" ] && [ ! -f vocab/vocab.bpe ] && [ ! -f vocab/merges.txt ]; then
-    DATA_DIR=${DATA_DIR:-../shared/data} bash scripts/download_vocab.sh
+  if [ "$vocab" = vocab ] && [ ! -f vocab/vocab.bpe ] && [ ! -f vocab/merges.txt ]; then
+    bash scripts/download_vocab.sh
   fi
 }
 
 # The first $3 rows of a split, or all of them.
 take() {
   mkdir -p "$work_dir"
-  head -n "${3:--0}" "datasets/$task/$1.jsonl" > "$work_dir/$2.jsonl"
+  if [ -n "${3:-}" ]; then head -n "$3"; else cat; fi < "datasets/$task/$1.jsonl" > "$work_dir/$2.jsonl"
 }
 
 fine_tune() { # FOLDER SEED [FLAG]...
-  local folder=$1 seed=$2 flags=("${@:3}")
+  local folder=$1 seed=$2 flags=("${recipe[@]}" "${@:3}") # never empty, which old bash refuses
   [ "${PRECISION:-fp32}" = fp32 ] || flags+=("--$PRECISION")
   [ -z "${MAX_STEP:-}" ] || flags+=(--max_step "$MAX_STEP")
   [ -z "${LR:-}" ] || flags+=(--lr "$LR")
   [ -z "${RESUME:-}" ] || flags+=(--resume auto)
   "${launch[@]}" gpt2_ft.py --train_data "$work_dir/train.jsonl" --valid_data "$work_dir/valid.jsonl" \
     --model_card "$card" --init_checkpoint "$base" --vocab "$vocab" --random_seed "$seed" \
-    --work_dir "$folder" --warmup_step "${WARMUP_STEP:-500}" "${recipe[@]}" "${flags[@]}"
+    --work_dir "$folder" --warmup_step "${WARMUP_STEP:-500}" "${flags[@]}"
 }
 
 decode() { # FOLDER LENGTH_PENALTY
@@ -72,7 +85,7 @@ run_seed() { # SEED FOLDER
   local folder=$2 started=$SECONDS trained penalty
   local results=()
   if [ -n "${RESUME:-}" ] && [ -f "$folder/result.json" ]; then
-    echo "$folder/result.json is there already"
+    echo "$folder/result.json is already there"
     return
   fi
   say "Fine-tuning, seed $1"
@@ -93,16 +106,15 @@ run_seed() { # SEED FOLDER
 run_pipeline() { # [--dry_run]
   local seed results=() dry_run=${1:-}
   if [ $# -gt 1 ] || [ "${dry_run:---dry_run}" != --dry_run ]; then
-    echo "error: ${*} is not --dry_run, the only argument; the rest is set from outside" >&2
-    exit 2
+    fail "$* is not --dry_run, the only argument; everything else is set by variables"
   fi
   if [ -n "$dry_run" ]; then
     work_dir=$(mktemp -d)
     trap 'rm -rf "$work_dir"' EXIT
   fi
-  choose_base
   say "Data"
   bash scripts/create_datasets.sh "$task"
+  choose_base
   take train train "${TRAIN_ROWS:-}"
   take valid valid "${VALID_ROWS:-}"
   take test test "${TEST_ROWS:-}"

@@ -4,7 +4,7 @@ set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements-dev.txt
 ruff check .
 ruff format --check .
-workers=${WORKERS:-$(nproc)} # asked before the next line, which nproc would obey
+workers=${WORKERS:-$(cores)}
 # One torch thread per worker: the tests' matrices are small, and spinning threads only contend.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 exec python -m pytest -n "$workers" "$@"

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv once, brings it up to a requirements file, activates it.
-# With the environment standing and the file unchanged, nothing is asked of the network.
+# With the environment in place and the file unchanged, nothing is asked of the network.
 #   source scripts/venv.sh requirements.txt
 
 # Waiting threads sleep in place of spinning, so that a busy machine is not slowed by its own idling.
@@ -12,12 +12,19 @@ python=${PYTHON:-python3}
   exit 2
 }
 [ -d .venv ] || "$python" -m venv .venv
-source .venv/bin/activate
+if [ -f .venv/Scripts/activate ]; then source .venv/Scripts/activate; else source .venv/bin/activate; fi
 stamp=.venv/$requirements.done
-wanted=$(cat requirements.txt "$requirements" | cksum)
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+needed=$(cat requirements.txt "$requirements" | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$needed" ]; then
+  echo "Installing $requirements into .venv; this takes a few minutes"
   # torch first and alone: a looser requirement met before it would fetch another build.
   pip install --quiet "$(grep '^torch==' requirements.txt)"
   pip install --quiet -r "$requirements"
-  echo "$wanted" > "$stamp"
+  echo "$needed" > "$stamp"
 fi
+
+# The cores that this process may use; macOS has no nproc.
+cores() {
+  python -c 'import os
+print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)'
+}

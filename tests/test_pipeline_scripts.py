@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -153,9 +154,61 @@ def test_dart_says_in_one_line_where_its_training_file_belongs(checkout: Path) -
     assert not (checkout / "runs").exists()
 
 
+def test_weights_that_cannot_be_downloaded_end_the_run_with_one_sentence(checkout: Path) -> None:
+    write_raw(checkout, "e2e", dict.fromkeys(("train.txt", "valid.txt", "test.txt"), E2E_LINE))
+    write_vocabulary(checkout)
+    done = run_script(checkout, "scripts/e2e.sh", MAX_STEP="2", WARMUP_STEP="1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "gpt2-medium" in done.stderr
+    assert not (checkout / "runs").exists()
+
+
+def test_an_unknown_model_is_refused(checkout: Path) -> None:
+    write_raw(checkout, "e2e", dict.fromkeys(("train.txt", "valid.txt", "test.txt"), E2E_LINE))
+    done = run_script(checkout, "scripts/e2e.sh", MODEL="gpt2-medium")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "MODEL=gpt2-medium is not a model card; name gpt2.nano, mini" in done.stderr
+
+
 def test_an_unknown_argument_of_a_script_is_refused(checkout: Path) -> None:
     done = run_script(checkout, "scripts/webnlg.sh", "--dry-run")
     assert done.returncode == 2 and "--dry-run is not --dry_run" in done.stderr
+
+
+POSIX_TOOLS = ("bash", "cat", "cksum", "dirname", "head", "mkdir", "mktemp", "rm", "sh")
+
+
+def test_the_scripts_need_no_tool_that_macos_lacks(checkout: Path) -> None:
+    """Whatever is not in POSIX is missing from the PATH: nproc, seq, timeout, realpath."""
+    tools = checkout / "tools"
+    tools.mkdir()
+    for name in POSIX_TOOLS:
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    (tools / "python").chmod(0o755)
+    activate = f'export PATH="{tools}"\n'
+    (checkout / ".venv/bin/activate").write_text(activate, encoding="utf-8")
+    write_raw(checkout, "e2e", dict.fromkeys(("train.txt", "valid.txt", "test.txt"), E2E_LINE * 9))
+    settings = {"MODEL": "gpt2.nano", "TRAIN_ROWS": "8", "PATH": str(tools)}
+    done = run_script(checkout, "scripts/e2e.sh", "--dry_run", **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "8 rows in steps of 8" in done.stdout
+
+
+def test_the_scripts_use_no_form_that_bash_3_or_bsd_tools_refuse() -> None:
+    """macOS ships bash 3.2 and BSD tools."""
+    refused = (
+        r"\b(local|declare|typeset) -[a-zA-Z]*[An]",
+        r"\b(mapfile|readarray|coproc|nproc|realpath|timeout)\b",
+        r"\$\{\w+(,,|\^\^|@[A-Z])",
+        r"&>>|\|&",
+        r"head -n -|readlink -f|sed -i|grep -\w*P|date -d|sort -V",
+    )
+    for script in (ROOT / "scripts").glob("*.sh"):
+        lines = script.read_text(encoding="utf-8").splitlines()
+        code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+        found = [pattern for pattern in refused if re.search(pattern, code)]
+        assert found == [], script.name
 
 
 def webnlg_entry(number: int, category: str, texts: int) -> dict:
@@ -190,6 +243,7 @@ def test_a_run_over_seeds_ends_with_results_and_their_mean(checkout: Path) -> No
         checkout, "java", "#!/bin/sh\nexit 1\n"
     )  # no METEOR, which takes its time to start
     few = {"SEEDS": "5 6", "MAX_STEP": "2", "WARMUP_STEP": "1", "WORK_DIR": "runs/w"}
+    few |= {"MODEL": "gpt2.nano"}
     done = run_script(checkout, "scripts/webnlg.sh", **few)
     assert done.returncode == 0, done.stderr
     runs = checkout / "runs/w"

@@ -1,12 +1,12 @@
 """Text to pretrain on: nothing of E2E is in it, however it is spelt."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT
 
 from data.convert_e2e import e2e_rows
 from data.triples import normalised, without_e2e
@@ -27,11 +27,12 @@ def test_e2e_is_left_out_in_any_spelling() -> None:
     ]
 
 
-def test_no_text_of_e2e_is_in_the_text_to_pretrain_on(tmp_path: Path) -> None:
-    data = SHARED / "data"
-    if not data.is_dir():
-        pytest.skip(f"{data} is not there: the real E2E, WebNLG and DART files are needed")
-    subprocess.run([sys.executable, ROOT / "data" / "triples.py", tmp_path], check=True, cwd=ROOT)
+def test_no_text_of_e2e_is_in_the_text_to_pretrain_on(tmp_path: Path, shared: Path) -> None:
+    data = shared / "data"
+    subprocess.run(
+        [sys.executable, "-m", "data.triples", tmp_path],
+        cwd=ROOT, env=os.environ | {"DATA_DIR": str(data)}, check=True,
+    )  # fmt: skip
     lines = [line for path in tmp_path.iterdir() for line in path.open(encoding="utf-8")]
     assert len(lines) > 20_000
     texts = {normalised(text) for line in lines for text in json.loads(line).values()}

@@ -26,8 +26,8 @@ LEFT_OUT = {
     "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/webnlg.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/dart.sh": "tests/test_pipeline_scripts.py",
-    "MODEL=gpt2.nano TRAIN_ROWS=8000 VALID_ROWS=400 TEST_ROWS=1000 MAX_STEP=1000 WARMUP_STEP=100 LR=5e-3 "
-    "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
+    "MODEL=gpt2.nano TRAIN_ROWS=8000 VALID_ROWS=400 TEST_ROWS=1000 MAX_STEP=1000 WARMUP_STEP=100 "
+    "LR=5e-3 bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
     "python -m experiments.soak --steps 2000 --kills 20": "tests/test_soak.py",
     "python -m data.make_base mini": "trains for half an hour",
     "python -m experiments.tables": "tests/test_tables.py",

@@ -195,7 +195,6 @@ WRITERS = {
 def main(argv: list[str] | None = None) -> None:
     """Run the program with the given or the command line's arguments."""
     args = build_parser().parse_args(argv)
-    args.device = torch.device("cpu")
     base = checkpoints.read_base(args.init_checkpoint)
     model, header = checkpoints.load_with_adapter(args, base)
     header = describe(args, model, header, base)

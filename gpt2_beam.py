@@ -28,6 +28,7 @@ from checkpoints import AdapterHeader
 from common.errors import InputError
 from common.errors import run as run_program
 from common.files import read_json_lines, replacing
+from common.process_group import naming_lost_ranks
 from data_utils import (
     END_OF_TEXT,
     FT_Dataset,
@@ -36,6 +37,7 @@ from data_utils import (
     vocabulary_fingerprint,
 )
 from decoding.beam_search import Hypothesis, SearchSettings, beam_search
+from gpu import Runtime
 from model import MODEL_CARDS, GPT2LMModel
 
 ROOT = Path(__file__).resolve().parent
@@ -167,7 +169,7 @@ def check_vocabulary(
 
 
 def search_settings(
-    args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int
+    args: argparse.Namespace, runtime: Runtime, tokenizer: Tokenizer | None, vocab_size: int
 ) -> SearchSettings:
     """The settings that the flags give; warns where texts may not find their end.
 
@@ -188,7 +190,7 @@ def search_settings(
     end_ids = args.eos_token_id or defaults
     if outside := [i for i in end_ids if not 0 <= i < vocab_size]:
         raise InputError(f"--eos_token_id {outside[0]} is not a token id below {vocab_size}")
-    if trained_end is not None and trained_end not in end_ids and args.rank == 0:
+    if trained_end is not None and trained_end not in end_ids and runtime.rank == 0:
         both = " ".join(f"--eos_token_id {i}" for i in (trained_end, *end_ids))
         print(
             f"warning: texts were trained to end on {trained_end}, which is not among the end ids, "
@@ -205,7 +207,7 @@ def search_settings(
 
 
 def load_contexts(
-    args: argparse.Namespace, tokenizer: Tokenizer | None, model: GPT2LMModel
+    args: argparse.Namespace, runtime: Runtime, tokenizer: Tokenizer | None, model: GPT2LMModel
 ) -> list[Context]:
     """The context of each row as token ids; those too long lose their head, and are counted."""
     window = model.config.n_positions
@@ -226,7 +228,7 @@ def load_contexts(
         need_completion=False,
     )
     cut = sum(len(row.context) > data.max_query_length for row in data.rows)
-    if cut and args.rank == 0:
+    if cut and runtime.rank == 0:
         print(
             f"{cut} of {len(data)} contexts are longer than --seq_len {args.seq_len} less "
             f"--eval_len {args.eval_len}; only their last {data.max_query_length} tokens count"
@@ -236,6 +238,7 @@ def load_contexts(
 
 def search_contexts(
     args: argparse.Namespace,
+    runtime: Runtime,
     model: GPT2LMModel,
     contexts: list[Context],
     settings: SearchSettings,
@@ -245,19 +248,19 @@ def search_contexts(
     Whole batches go to a process, so that each is the same whatever the number of processes.
     """
     distinct = sorted(dict.fromkeys(contexts), key=len, reverse=True)
-    starts = range(0, len(distinct), args.batch_size)[args.rank :: args.world_size]
+    starts = range(0, len(distinct), args.batch_size)[runtime.rank :: runtime.world_size]
     mine = [context for i in starts for context in distinct[i : i + args.batch_size]]
-    prompts = [torch.tensor(context, device=args.device) for context in mine]
-    hide = args.rank > 0 or not sys.stderr.isatty()
+    prompts = [torch.tensor(context, device=runtime.device) for context in mine]
+    hide = runtime.rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=len(mine), unit=" texts", bar_format=BAR, disable=hide)
-    with bar, gpu.autocast(args):
+    with bar, runtime.autocast():
         try:
             found = beam_search(
                 model, prompts, settings, args.batch_size, args.num_return_sequences, bar.update
             )
         except ValueError as error:
             raise InputError(f"--init_checkpoint or --adapter: {error}") from error
-    parts = gpu.distributed_gather(args, dict(zip(mine, found, strict=True)))
+    parts = runtime.gather(dict(zip(mine, found, strict=True)))
     return {context: hypotheses for part in parts for context, hypotheses in part.items()}
 
 
@@ -287,9 +290,9 @@ def write_predictions(
             file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
 
 
-def decode(args: argparse.Namespace) -> None:
+def decode(args: argparse.Namespace, runtime: Runtime) -> None:
     """Load, search, write, and say what came out."""
-    if args.uses_sample and args.rank == 0:
+    if args.uses_sample and runtime.rank == 0:
         print(
             "Neither --data nor --init_checkpoint given: decoding the shipped sample with the "
             "shipped nano base. For your own: --data FILE --vocab FOLDER --init_checkpoint FILE"
@@ -306,18 +309,21 @@ def decode(args: argparse.Namespace) -> None:
         model, header = checkpoints.load_for_decoding(args, base)
         if tokenizer is not None:
             check_vocabulary(args, tokenizer, model, header)
-        settings = search_settings(args, tokenizer, model.config.vocab_size)
-        contexts = load_contexts(args, tokenizer, model)
-        if not args.bf16:
+        settings = search_settings(args, runtime, tokenizer, model.config.vocab_size)
+        contexts = load_contexts(args, runtime, tokenizer, model)
+        model.to(runtime.device)
+        if runtime.precision == "fp32":
             model.pack()
-        rows = [number for number, own in enumerate(tasks) if own == task]
+        rows = [number for number, name in enumerate(tasks) if name == task]
         started = time.perf_counter()
-        found = search_contexts(args, model, [contexts[number] for number in rows], settings)
+        found = search_contexts(
+            args, runtime, model, [contexts[number] for number in rows], settings
+        )
         seconds += time.perf_counter() - started
         searches += len(found)
         for number in rows:
             best[number] = found[contexts[number]]
-    if args.rank == 0:
+    if runtime.rank == 0:
         write_predictions(args, best, tokenizer)
         unfinished = sum(not hypotheses[0].finished for hypotheses in best)
         print(
@@ -330,12 +336,12 @@ def decode(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the program with the given or the command line's arguments."""
     args = parse_args(argv)
-    gpu.parse_gpu(args)
+    runtime = gpu.parse_gpu(args)
     try:
-        with gpu.naming_lost_ranks(args, "start it again"):
-            decode(args)
+        with naming_lost_ranks("start it again"):
+            decode(args, runtime)
     finally:
-        gpu.cleanup(args)
+        gpu.cleanup(runtime)
 
 
 if __name__ == "__main__":

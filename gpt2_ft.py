@@ -15,7 +15,7 @@ import math
 import os
 import signal
 import time
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,13 +25,14 @@ import gpu
 import loralib as lora
 from common.errors import InputError, Parser
 from common.errors import run as run_program
+from common.process_group import naming_lost_ranks
 from data_utils import FT_Dataset
+from gpu import Runtime
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 from optimizer import add_optimizer_params
-from training.log import RunLog
 from training.resume import check_equal_states, choose_work_dir, find_state, lock, save
-from training.run import AverageMeter, Run, write_adapter
-from training.setup import DEFAULT_EPOCHS, prepare, print_args, print_sizes, show_plan
+from training.run import Run, write_adapter
+from training.setup import DEFAULT_EPOCHS, prepare, print_flags, print_sizes, show_plan
 from training.tensorboard import show_settings, show_validation
 
 ROOT = Path(__file__).resolve().parent
@@ -124,11 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments, with the sample's own settings where neither data nor base is given."""
+    """Return the flags, with the sample's own settings where neither data nor base is given."""
     parser = build_parser()
+    parser.set_defaults(uses_sample=False)
     args = parser.parse_args(argv)
-    args.uses_sample = not (args.train_data or args.init_checkpoint)
-    if args.uses_sample:
+    if not (args.train_data or args.init_checkpoint):
         sample = json.loads(SAMPLE.read_text(encoding="utf-8"))
         paths = {key: str(ROOT / sample[key]) for key in SAMPLE_PATHS}
         parser.set_defaults(**sample | paths, uses_sample=True)
@@ -167,14 +168,14 @@ def _check_args(args: argparse.Namespace) -> None:
 
 def train_validate(run: Run, epoch: int) -> None:
     """Train what is left of one epoch, logging, validating and saving on the way."""
-    args = run.args
-    done = run.window - (epoch - 1) * run.sampler.steps_per_epoch
+    settings, steps = run.settings, run.plan.steps_per_epoch
+    done = run.batches_taken - (epoch - 1) * steps
     started, tokens = time.perf_counter(), 0
     for rows in run.sampler.steps(epoch, start=done):
         if run.stopping or run.finished:
             break
         loss, counted, norm = optimizer_step(run, rows)
-        run.window += 1
+        run.batches_taken += 1
         if not math.isfinite(norm):
             _count_bad_step(run)
             continue
@@ -183,18 +184,18 @@ def train_validate(run: Run, epoch: int) -> None:
         run.average.update(loss, counted)
         run.log.advance(loss)
 
-        # What follows only watches and saves; it changes nothing in the training.
+        # What follows only logs, validates and saves; it changes nothing in the training.
         tokens += int(sum(run.train.lengths[micro].sum() for micro in rows))
-        if run.step % args.log_interval == 0:
+        if run.step % settings.log_interval == 0:
             _log_training(run, epoch, norm, tokens, time.perf_counter() - started)
             started, tokens = time.perf_counter(), 0
-        if run.finished or run.window % run.sampler.steps_per_epoch == 0:
+        if run.finished or run.batches_taken % steps == 0:
             break
-        if run.step % args.eval_interval == 0:
+        if run.step % settings.eval_interval == 0:
             validate(run, epoch)
-        if run.step % args.save_interval == 0 or run.save_due:
+        if run.step % settings.save_interval == 0 or run.save_due:
             save(run)
-    # A step is always saved behind its validation, so that no resumed run repeats one.
+    # A step is always saved after its validation, so that no resumed run repeats one.
     if not run.stopping:
         validate(run, epoch)
     save(run)
@@ -212,32 +213,33 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
         The mean loss of this rank's counted tokens, their number, and the gradient's norm before
         clipping. Where the norm is not finite nothing was updated.
     """
-    args = run.args
-    # The last window of an epoch may have no row for a rank, which then goes through the motions.
+    runtime, settings = run.runtime, run.settings
+    # The last batch of an epoch may have no row for a rank, which then goes through the motions.
     batches = [run.train.batch(micro) for micro in rows or [[0]]]
     counts = [float(batch["mask"].sum()) if rows else 0.0 for batch in batches]
     # What ranks must agree on travels with the count: a signal to any, the clock of the first.
-    late = args.rank == 0 and 0 < 60 * args.save_minutes < time.monotonic() - run.saved_at
-    total, signals, due = gpu.distributed_sum(args, [sum(counts), run.signal, late])
+    seconds = time.monotonic() - run.saved_at
+    late = runtime.rank == 0 and settings.save_minutes and seconds > 60 * settings.save_minutes
+    total, signals, due = runtime.sum(sum(counts), run.signal, bool(late))
     run.stopping, run.save_due = signals > 0, due > 0
     losses = []
     for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-        batch = gpu.to_device(args, batch)
+        batch = runtime.to_device(batch)
         with gpu.no_sync(run.model, skip=i < len(batches) - 1):
-            with gpu.autocast(args):
+            with runtime.autocast():
                 _, loss = run.model(
-                    batch["input"], batch["target"], batch["mask"], args.label_smooth
+                    batch["input"], batch["target"], batch["mask"], settings.label_smooth
                 )
             # DistributedDataParallel averages over ranks, so each one's share is scaled back up.
-            run.scaler.scale(loss * (count * args.world_size / total)).backward()
+            run.scaler.scale(loss * (count * runtime.world_size / total)).backward()
         losses.append(loss.detach() * count)
 
     run.scaler.unscale_(run.optimizer)
     parameters = list(run.trained.values())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if torch.isfinite(norm):
-        if args.clip:
-            nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
+        if settings.clip:
+            nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
         run.scaler.step(run.optimizer)
         run.scheduler.step()
     run.scaler.update()
@@ -247,7 +249,7 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
 
 def _count_bad_step(run: Run) -> None:
     run.bad_steps += 1
-    if run.bad_steps >= run.args.max_bad_steps:
+    if run.bad_steps >= run.settings.max_bad_steps:
         raise InputError(
             f"{run.bad_steps} steps in a row had a loss or gradient that is not finite; lower --lr "
             f"or leave --fp16 out. {_last_good(run)}"
@@ -255,31 +257,33 @@ def _count_bad_step(run: Run) -> None:
 
 
 def _last_good(run: Run) -> str:
-    saved_step, _ = run.saved
+    saved_step, _ = run.last_save
     if saved_step < 0:
         return "Nothing was saved yet"
     return f"The last good file is {run.adapter_path(saved_step)}"
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: FT_Dataset, args: argparse.Namespace) -> tuple[float, float]:
-    """Loss per counted token, without smoothing, and its perplexity.
+def evaluate(
+    model: nn.Module, data: FT_Dataset, runtime: Runtime, batch_size: int
+) -> tuple[float, float]:
+    """Return the loss per counted token, without smoothing, and its perplexity.
 
     Every row counts once, by its tokens: the result does not depend on batch size or processes.
     """
     model = gpu.unwrap(model)
     model.eval()
-    mine = range(args.rank, len(data), args.world_size)
+    mine = range(runtime.rank, len(data), runtime.world_size)
     loss_sum = count = 0.0
-    for start in range(0, len(mine), args.valid_batch_size):
-        batch = gpu.to_device(args, data.batch(mine[start : start + args.valid_batch_size]))
-        with gpu.autocast(args):
+    for start in range(0, len(mine), batch_size):
+        batch = runtime.to_device(data.batch(mine[start : start + batch_size]))
+        with runtime.autocast():
             _, loss = model(batch["input"], batch["target"], batch["mask"])
         tokens = float(batch["mask"].sum())
         loss_sum += float(loss) * tokens
         count += tokens
     model.train()
-    loss_sum, count = gpu.distributed_sum(args, [loss_sum, count])
+    loss_sum, count = runtime.sum(loss_sum, count)
     loss = loss_sum / count
     return loss, math.exp(min(loss, 700))
 
@@ -289,7 +293,7 @@ def validate(run: Run, epoch: int) -> None:
     if run.valid is None or run.validated_step == run.step:
         return
     run.validated_step = run.step
-    loss, perplexity = evaluate(run.model, run.valid, run.args)
+    loss, perplexity = evaluate(run.model, run.valid, run.runtime, run.settings.valid_batch_size)
     better = loss < run.best_loss
     run.no_better = 0 if better else run.no_better + 1
     if better:
@@ -299,7 +303,7 @@ def validate(run: Run, epoch: int) -> None:
     run.log.record(
         "valid",
         run.step,
-        f"step {run.step:>6}/{run.args.max_step} | epoch {epoch} | valid loss {loss:.4f} | "
+        f"step {run.step:>6}/{run.plan.max_step} | epoch {epoch} | valid loss {loss:.4f} | "
         f"valid ppl {perplexity:.2f}{mark}",
         loss=loss,
         ppl=perplexity,
@@ -308,17 +312,15 @@ def validate(run: Run, epoch: int) -> None:
 
 
 def _log_training(run: Run, epoch: int, norm: float, tokens: int, seconds: float) -> None:
-    args = run.args
-    meter: AverageMeter = run.average
-    loss_sum, count, tokens = gpu.distributed_sum(args, [meter.sum, meter.count, tokens])
-    meter.reset()
+    loss_sum, count, tokens = run.runtime.sum(run.average.sum, run.average.count, tokens)
+    run.average.reset()
     loss, rate = loss_sum / max(count, 1), run.scheduler.get_last_lr()[0]
-    speed, memory = tokens / seconds, gpu.peak_memory_gb(args)
+    speed, memory = tokens / seconds, run.runtime.peak_memory_gb()
     perplexity = math.exp(min(loss, 700))
     run.log.record(
         "train",
         run.step,
-        f"step {run.step:>6}/{args.max_step} | epoch {epoch} | loss {loss:.4f} | "
+        f"step {run.step:>6}/{run.plan.max_step} | epoch {epoch} | loss {loss:.4f} | "
         f"ppl {perplexity:.2f} | lr {rate:.2e} | {speed:.0f} tokens/s | {memory:.2f} GB",
         loss=loss,
         ppl=perplexity,
@@ -332,51 +334,58 @@ def _log_training(run: Run, epoch: int, norm: float, tokens: int, seconds: float
 def main(argv: list[str] | None = None) -> None:
     """Run the program with the given or the command line's arguments."""
     args = parse_args(argv)
-    gpu.parse_gpu(args)
+    runtime = gpu.parse_gpu(args)
     try:
-        with gpu.naming_lost_ranks(args, "--resume auto goes on from the last save"):
-            fine_tune(args)
+        with naming_lost_ranks("--resume auto resumes from the last save"):
+            fine_tune(args, runtime)
     finally:
-        gpu.cleanup(args)
+        gpu.cleanup(runtime)
 
 
-def fine_tune(args: argparse.Namespace) -> None:
+def fine_tune(args: argparse.Namespace, runtime: Runtime) -> None:
     """Set a run up, go through its epochs, and say where the results are."""
-    if args.uses_sample and args.rank == 0:
+    is_first = runtime.rank == 0
+    if args.uses_sample and is_first:
         print(
             "Neither --train_data nor --init_checkpoint given: fine-tuning the shipped nano base "
             "on the shipped sample. For your own: --train_data FILE --valid_data FILE "
             "--vocab FOLDER --model_card gpt2.md --init_checkpoint FILE"
         )
     if args.dry_run:
-        return show_plan(args)
-    args.work_dir = gpu.distributed_gather(args, args.work_dir or choose_work_dir(args.resume))[0]
-    with lock(args.work_dir) if args.rank == 0 else nullcontext():
+        return show_plan(args, runtime)
+    work_dir = Path(runtime.gather(args.work_dir or choose_work_dir(args.resume))[0])
+    with lock(work_dir) if is_first else nullcontext():
         # Not before the lock: until then a run that is ending may still write its state.
-        gpu.distributed_sync(args)
-        state = find_state(args)
-        check_equal_states(args, state)
-        run = prepare(args, state)
-        if args.rank == 0:
-            print_args(args)
-            print_sizes(args, run.model, run.sampler)
+        runtime.barrier()
+        state = find_state(work_dir, args.resume)
+        check_equal_states(runtime, work_dir, state)
+        run = prepare(args, runtime, work_dir, state)
+        if is_first:
+            print_flags(run.flags)
+            print_sizes(args, runtime, run.plan, run.model, len(run.train), work_dir)
             if run.step:
-                print(f"Going on behind step {run.step}")
+                print(f"Resuming after step {run.step}")
         stop_on_signals(run)
-        with closing(RunLog(args, run.step, run.validated_step)) as run.log:
+        opened = run.log.opened(run.flags, run.plan.max_step, run.step, run.validated_step)
+        with opened if is_first else nullcontext():
             show_settings(run)
             for epoch in itertools.count(run.epoch):
                 train_validate(run, epoch)
-                if run.finished or epoch == args.max_epoch:
+                if run.finished or epoch == run.plan.max_epoch:
                     break
-    if args.rank == 0:
-        if run.out_of_patience:
-            print(
-                f"Stopped early behind step {run.step}: {run.no_better} validations without a "
-                f"better one than step {run.best_step} (--patience {args.patience})"
-            )
-        best = f"; best on validation: {run.adapter_path('best')}" if run.valid else ""
-        print(f"Done. Last adapter: {run.adapter_path(run.step)}{best}")
+    if is_first:
+        print_end(run)
+
+
+def print_end(run: Run) -> None:
+    """Say why the run ended, and where its results are."""
+    if run.out_of_patience:
+        print(
+            f"Stopped early after step {run.step}: {run.no_better} validations without a better "
+            f"one than step {run.best_step} (--patience {run.settings.patience})"
+        )
+    best = f"; best on validation: {run.adapter_path('best')}" if run.valid else ""
+    print(f"Done. Last adapter: {run.adapter_path(run.step)}{best}")
 
 
 def stop_on_signals(run: Run) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,13 +14,35 @@ from torch.optim.lr_scheduler import LambdaLR
 from common.errors import InputError
 
 SCHEDULERS = ("linear", "cosine", "inv_sqrt", "constant", "cycle")
+ADAMW = "AdamW: the original's formula, torch.optim.AdamW, or NVIDIA apex's FusedAdam"
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What the optimizer and its schedule obey, each by the name of its flag. `max_step` are all
+    steps of the run."""
+
+    optimizer: str
+    lr: float
+    lora_plus_ratio: float
+    weight_decay: float
+    correct_bias: bool
+    adam_epsilon: float
+    adam_beta1: float
+    adam_beta2: float
+    no_decay_bias: bool
+    scheduler: str
+    warmup_step: int
+    max_step: int
+    i_steps: str
+    i_lrs: str
 
 
 def add_optimizer_params(parser: argparse.ArgumentParser) -> None:
     """Add the flags that the two factories below read; defaults are the E2E recipe."""
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
-    add("--optimizer", choices=("original", "torch", "apex"), default="original", help=HELP)
+    add("--optimizer", choices=("original", "torch", "apex"), default="original", help=ADAMW)
     add("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
     add("--lora_plus_ratio", type=float, default=1, help="lr of B by lr of A (default: 1)")
     add("--weight_decay", type=float, default=0.01, help="decoupled (default: %(default)s)")
@@ -33,9 +56,6 @@ def add_optimizer_params(parser: argparse.ArgumentParser) -> None:
     add("--warmup_step", type=int, default=500, help="steps of linear warm-up (default: 500)")
     add("--i_steps", default="0", help="cycle: comma-separated steps, from 0 up")
     add("--i_lrs", default="0.00025", help="cycle: the learning rate at each of --i_steps")
-
-
-HELP = "AdamW: the original's formula, torch.optim.AdamW, or NVIDIA apex's FusedAdam"
 
 
 class AdamW(Optimizer):
@@ -141,35 +161,32 @@ def _groups_by_decay(model: nn.Module, weight_decay: float, no_decay_bias: bool)
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def create_adam_optimizer_from_args(
-    model: nn.Module, args: argparse.Namespace, grouped_parameters: list[dict] | None = None
-) -> Optimizer:
-    """The optimizer that `--optimizer` names, over the trainable parameters of `model`.
+def create_adam_optimizer_from_args(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """Return the optimizer that `--optimizer` names, over the trainable parameters of `model`,
+    which is on its device already.
 
     Raises:
         InputError: apex is asked for and is not there, or there is no CUDA device for it.
     """
-    groups = grouped_parameters or create_grouped_parameters(
-        model, args.weight_decay, args.no_decay_bias, args.lr, args.lora_plus_ratio
+    s = settings
+    groups = create_grouped_parameters(
+        model, s.weight_decay, s.no_decay_bias, s.lr, s.lora_plus_ratio
     )
-    settings = {
-        "lr": args.lr,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-    }
-    if args.optimizer == "original":
-        return AdamW(groups, correct_bias=args.correct_bias, **settings)
-    if not args.correct_bias:
+    betas, rest = (s.adam_beta1, s.adam_beta2), {"lr": s.lr, "weight_decay": s.weight_decay}
+    if s.optimizer == "original":
+        return AdamW(groups, betas=betas, eps=s.adam_epsilon, correct_bias=s.correct_bias, **rest)
+    if not s.correct_bias:
         raise InputError("--no_correct_bias goes with --optimizer original only")
-    if args.optimizer == "torch":
-        return torch.optim.AdamW(groups, fused=args.device.type == "cuda", **settings)
-    return _fused_adam(args)(groups, adam_w_mode=True, **settings)
+    on_cuda = any(p.is_cuda for p in model.parameters())
+    if s.optimizer == "torch":
+        return torch.optim.AdamW(groups, betas=betas, eps=s.adam_epsilon, fused=on_cuda, **rest)
+    return _fused_adam(on_cuda)(groups, betas=betas, eps=s.adam_epsilon, adam_w_mode=True, **rest)
 
 
-def _fused_adam(args: argparse.Namespace) -> type[Optimizer]:
-    """NVIDIA's FusedAdam. An unrelated package is called apex too, and fails in its own ways."""
-    if args.device.type != "cuda":
+def _fused_adam(on_cuda: bool) -> type[Optimizer]:
+    """Return NVIDIA's FusedAdam. An unrelated package is called apex too, and fails in its own
+    ways."""
+    if not on_cuda:
         raise InputError("--optimizer apex needs a CUDA device; use --optimizer torch here")
     try:
         from apex.optimizers import FusedAdam
@@ -181,21 +198,20 @@ def _fused_adam(args: argparse.Namespace) -> type[Optimizer]:
     return FusedAdam
 
 
-def create_optimizer_scheduler(optimizer: Optimizer, args: argparse.Namespace) -> LambdaLR:
-    """The schedule that `--scheduler` names; call its `step()` once per optimizer step.
+def create_optimizer_scheduler(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaLR:
+    """Return the schedule that `--scheduler` names; call its `step()` once per optimizer step.
 
-    Reads `args.scheduler`, `lr`, `warmup_step`, `max_step` (all steps of the run), `i_steps` and
-    `i_lrs`. Step s, from 0 up, runs at lr · factor(s).
+    Step s, from 0 up, runs at lr · factor(s).
     """
-    if args.scheduler == "dev_perf":
+    if settings.scheduler == "dev_perf":
         raise InputError("--scheduler dev_perf was never defined; use linear or another schedule")
-    if args.scheduler not in SCHEDULERS:
+    if settings.scheduler not in SCHEDULERS:
         raise InputError(
-            f"--scheduler {args.scheduler} is unknown; give one of {', '.join(SCHEDULERS)}"
+            f"--scheduler {settings.scheduler} is unknown; give one of {', '.join(SCHEDULERS)}"
         )
-    if args.scheduler == "cycle":
-        return LambdaLR(optimizer, _cycle(args.i_steps, args.i_lrs, args.lr))
-    warmup, total = args.warmup_step, args.max_step
+    if settings.scheduler == "cycle":
+        return LambdaLR(optimizer, _cycle(settings.i_steps, settings.i_lrs, settings.lr))
+    warmup, total = settings.warmup_step, settings.max_step
     if not 0 <= warmup < total:
         raise InputError(
             f"--warmup_step {warmup} must be at least 0 and below the {total} steps of the run"
@@ -205,7 +221,7 @@ def create_optimizer_scheduler(optimizer: Optimizer, args: argparse.Namespace) -
         "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup)),
         "inv_sqrt": lambda step: math.sqrt(max(warmup, 1) / max(step, 1)),
         "constant": lambda step: 1.0,
-    }[args.scheduler]
+    }[settings.scheduler]
     return LambdaLR(
         optimizer,
         lambda step: step / warmup if step < warmup else decay(min(step, total)),

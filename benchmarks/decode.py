@@ -63,8 +63,7 @@ def write_trained_base(args: argparse.Namespace, path: Path) -> None:
         "max_step": args.train_steps, "device": "cpu",
     }  # fmt: skip
     training = gpt2_ft.parse_args([str(x) for key in flags for x in (f"--{key}", flags[key])])
-    gpu.parse_gpu(training)
-    run = prepare(training, None)
+    run = prepare(training, gpu.parse_gpu(training), path.parent, None)
     steps = (rows for epoch in range(1, 99) for rows in run.sampler.steps(epoch))
     for _, rows in zip(range(args.train_steps), steps, strict=False):
         loss, *_ = gpt2_ft.optimizer_step(run, rows)

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -57,8 +58,7 @@ def ours(settings: dict) -> Work:
         "device": "cpu",
     }
     args = gpt2_ft.parse_args([str(part) for key in flags for part in (f"--{key}", flags[key])])
-    gpu.parse_gpu(args)
-    run = prepare(args, None)
+    run = prepare(args, gpu.parse_gpu(args), Path("runs"), None)
     checkpoints.apply_trained(run.model, load_file(settings["adapter"]), "adapter")
     return timed(lambda rows: gpt2_ft.optimizer_step(run, [rows])[0])
 

@@ -122,7 +122,7 @@ def load_for_decoding(
 def load_with_adapter(
     args: argparse.Namespace, base: Mapping[str, Tensor] | None = None
 ) -> tuple[GPT2LMModel, AdapterHeader | None]:
-    """The model that `--init_checkpoint` and `--adapter` describe, on `args.device`, and the
+    """The model that `--init_checkpoint` and `--adapter` describe, on the CPU, and the
     adapter's header (None without one); `base`, if given, is what the former holds.
 
     An adapter's own header rules. Where there is none (the original's files), the rank is read off
@@ -152,7 +152,7 @@ def load_with_adapter(
     if header is not None and header.model_card is None:
         tensors = peft_adapter.fill_blocks(tensors, model)
     apply_trained(model, tensors, args.adapter)
-    return model.to(args.device), header
+    return model, header
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from conftest import ROOT, Tiny, finish, random_rows, start, write_rows
 import gpt2_ft
 import gpu
 from checkpoints import read_adapter
+from common import process_group
 from common.errors import InputError
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
@@ -31,9 +32,9 @@ def count(state, bucket):
     done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return done.then(lambda f: f.value()[0] / dist.get_world_size())
 
-def prepare(args, state):
-    run = real_prepare(args, state)
-    seen.update(rank=args.rank, device=str(args.device), random=torch.rand(1).item())
+def prepare(args, runtime, *rest):
+    run = real_prepare(args, runtime, *rest)
+    seen.update(rank=runtime.rank, device=str(runtime.device), random=torch.rand(1).item())
     seen["start"] = {n: p.detach().double().sum().item() for n, p in run.trained.items()}
     run.model.register_comm_hook(None, count)
     return run
@@ -136,6 +137,13 @@ def gpu_arguments(*argv: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def set_launcher(monkeypatch: pytest.MonkeyPatch, **variables: object) -> None:
+    """Let this process seem to have been started by torchrun."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in (where | variables).items():
+        monkeypatch.setenv(name, str(value))
+
+
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
     """Let this machine seem to have GPUs; returns the list of devices chosen."""
     chosen: list[int] = []
@@ -152,18 +160,13 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
 def test_the_device_is_the_local_rank_on_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes of two GPUs each: global rank 2 is GPU 0 of the second."""
     chosen = fake_cuda(monkeypatch, 2)
-    monkeypatch.setattr(gpu, "_stores", [])
     joined = []
-    monkeypatch.setattr(gpu.dist, "init_process_group", lambda *a, **k: joined.append(a[0]))
-    monkeypatch.setattr(gpu, "_open_store", lambda timeout: gpu.dist.HashStore())
-    monkeypatch.setattr(gpu, "_agree_on_name", lambda args, store: "start")
+    monkeypatch.setattr(process_group, "join", lambda *arguments: joined.append(arguments[1]))
     devices = []
     for rank in range(4):
-        for name, value in (("RANK", rank), ("LOCAL_RANK", rank % 2), ("WORLD_SIZE", 4)):
-            monkeypatch.setenv(name, str(value))
-        args = gpu_arguments()
-        gpu.parse_gpu(args)
-        devices.append((args.rank, args.device.index, args.world_size))
+        set_launcher(monkeypatch, RANK=rank, LOCAL_RANK=rank % 2, WORLD_SIZE=4)
+        runtime = gpu.parse_gpu(gpu_arguments())
+        devices.append((runtime.rank, runtime.device.index, runtime.world_size))
     assert devices == [(0, 0, 4), (1, 1, 4), (2, 0, 4), (3, 1, 4)]
     assert chosen == [0, 1, 0, 1]
     assert joined == ["nccl"] * 4
@@ -172,7 +175,7 @@ def test_the_device_is_the_local_rank_on_every_node(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         gpu, "DistributedDataParallel", lambda m, device_ids: wrapped.append(device_ids)
     )
-    gpu.distributed_opt(args, types.SimpleNamespace())
+    gpu.distributed_opt(runtime, types.SimpleNamespace())
     assert wrapped == [[1]]
 
 
@@ -197,7 +200,7 @@ def test_deterministic_lets_no_operation_run_that_gives_other_bits_each_time(
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda(monkeypatch, 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    set_launcher(monkeypatch, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2)
     with pytest.raises(InputError, match="local rank 1 has no GPU: this machine has 1"):
         gpu.parse_gpu(gpu_arguments())
 
@@ -210,27 +213,29 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         (["--platform", "k8s"], "k8s.*torchrun"),
         (["--platform", "moon"], "moon is unknown"),
         (["--device", "tpu"], "tpu is unknown"),
+        (["--device", "mps"], "--device mps: PyTorch sees no Apple GPU"),
         (["--fp16", "--device", "cpu"], "--fp16 needs a CUDA device"),
         (["--fp16", "--bf16"], "exclude each other"),
         (["--dist_timeout", "0"], "dist_timeout 0"),
         (["--dist_timeout", "inf"], "dist_timeout inf"),
     ],
 )
-def test_what_is_not_to_be_had_is_refused_in_a_sentence(argv: list[str], message: str) -> None:
+def test_what_this_machine_cannot_do_is_refused_in_a_sentence(
+    argv: list[str], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         gpu.parse_gpu(gpu_arguments(*argv))
 
 
 def test_one_process_needs_no_group() -> None:
-    args = gpu_arguments("--device", "cpu")
-    gpu.parse_gpu(args)
-    assert (args.rank, args.world_size, args.local_rank) == (0, 1, 0)
-    assert gpu.distributed_gather(args, {"a": 1}) == [{"a": 1}]
-    assert gpu.distributed_sum(args, [1, 2.5]) == [1, 2.5]
-    gpu.distributed_sync(args)
+    runtime = gpu.parse_gpu(gpu_arguments("--device", "cpu"))
+    assert runtime == gpu.Runtime(torch.device("cpu"), 0, 1, 0, "fp32")
+    assert gpu.distributed_gather(runtime, {"a": 1}) == [{"a": 1}] == runtime.gather({"a": 1})
+    assert runtime.sum(1, 2.5) == [1, 2.5]
+    gpu.distributed_sync(runtime)
     layer = torch.nn.Linear(1, 1)
-    assert gpu.distributed_opt(args, layer) is gpu.unwrap(layer) is layer
-    gpu.cleanup(args)
+    assert gpu.distributed_opt(runtime, layer) is gpu.unwrap(layer) is layer
+    gpu.cleanup(runtime)
 
 
 def test_generators_come_back_where_they_were() -> None:
@@ -259,3 +264,54 @@ def test_the_readmes_command_trains_the_shipped_base_on_the_shipped_sample(tmp_p
     assert out.startswith("Neither --train_data nor --init_checkpoint given")
     header, _ = read_adapter(tmp_path / "runs" / "001")
     assert (header.model_card, header.lora.r, header.step) == ("gpt2.nano", 4, 3)
+
+
+GROUP = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "", "WORLD_SIZE": ""},
+     {"LOCAL_RANK": "0"}, {"MASTER_ADDR": "here", "MASTER_PORT": "x"}],
+)  # fmt: skip
+def test_variables_of_one_process_are_one_process(variables: dict[str, str]) -> None:
+    assert process_group.read_place(environment=variables) == process_group.Place(0, 1, 0)
+
+
+def test_the_launchers_variables_and_its_flag_say_which_process_this_is() -> None:
+    assert process_group.read_place(environment=GROUP) == process_group.Place(1, 2, 1)
+    without = {name: value for name, value in GROUP.items() if name != "LOCAL_RANK"}
+    assert process_group.read_place(0, without) == process_group.Place(1, 2, 0)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"])
+@pytest.mark.parametrize("how", ["absent", "empty"])
+def test_a_variable_that_the_launcher_left_out_is_named(missing: str, how: str) -> None:
+    variables = GROUP | {missing: ""} if how == "empty" else dict(GROUP)
+    if how == "absent":
+        del variables[missing]
+    with pytest.raises(InputError, match=f"^the variable {missing} is missing though .*torchrun"):
+        process_group.read_place(environment=variables)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["x", "-1", "1.0", "٣", " 1", "9" * 5000, "1e3"])
+def test_a_launchers_variable_that_is_no_number_is_named(name: str, value: str) -> None:
+    with pytest.raises(InputError, match=f"^the variable {name} is ") as refused:
+        process_group.read_place(environment=GROUP | {name: value})
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("changed", [{"RANK": "2"}, {"LOCAL_RANK": "5"}, {"WORLD_SIZE": "0"}])
+def test_launchers_variables_that_contradict_each_other_are_refused(changed: dict) -> None:
+    with pytest.raises(InputError, match="contradict each other"):
+        process_group.read_place(environment=GROUP | changed)
+
+
+def test_a_rank_without_its_world_trains_nothing(nano: Tiny) -> None:
+    """It would train on a part of each batch and leave no file."""
+    process = start(["gpt2_ft.py", *nano.argv("run")], env={"RANK": "1"})
+    code, out, err = finish(process)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: the variable WORLD_SIZE is missing though RANK is 1;")
+    assert not (nano.folder / "run").exists()

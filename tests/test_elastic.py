@@ -1,6 +1,7 @@
 """Workers that die or hang: torchrun starts all anew and the adapter comes out the same; the others
 never wait longer than stated, and name who is missing."""
 
+import argparse
 import multiprocessing
 import os
 import signal
@@ -11,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT, Tiny, _write_tiny, finish, start
 
 import gpt2_ft
 import gpu
+from common import process_group
 from common.errors import InputError
+from common.process_group import Place
 from training.resume import check_equal_states
 
 FORK = multiprocessing.get_context("fork")
@@ -30,7 +34,7 @@ real = gpt2_ft.optimizer_step
 died = Path(OUT)
 
 def step(run, rows):
-    if run.step == 7 and run.args.rank == 1 and not died.exists():
+    if run.step == 7 and run.runtime.rank == 1 and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return real(run, rows)
@@ -101,9 +105,9 @@ def test_a_worker_killed_by_9_is_started_anew_and_the_adapter_is_the_same(
     assert [code for code, _, _ in done] == [0] * machines, done
     told = "".join(out + err for _, out, err in done)
     assert died.exists()
-    assert "error: rank 0 cannot go on: rank 1 ended or hangs" in told
-    assert "Going on behind step 6" in told
-    assert told.count("Going on behind") == 1, "it took more than one restart"
+    assert "error: rank 0 cannot continue: rank 1 ended or hangs" in told
+    assert "Resuming after step 6" in told
+    assert told.count("Resuming after") == 1, "it took more than one restart"
     assert last_adapter(nano.folder / f"on{machines}") == expected
 
 
@@ -111,17 +115,17 @@ def _rank(rank: int, port: int, lost: int, how: str, folder: Path) -> None:
     """Sum with the others until the lost rank ends or sleeps."""
     _become_rank(rank, 3, port)
     sys.stderr = (folder / f"{rank}.txt").open("w", encoding="utf-8")
-    parser = gpu.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     gpu.add_gpu_params(parser)
     args = parser.parse_args(["--device", "cpu", "--dist_timeout", "3"])
     if how == "never starts" and rank == lost:
         return
-    gpu.parse_gpu(args)
-    with gpu.naming_lost_ranks(args, "try again"):
+    runtime = gpu.parse_gpu(args)
+    with process_group.naming_lost_ranks("try again"):
         for i in range(10**6):
             if i == 5 and rank == lost:
                 os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
-            gpu.distributed_sum(args, [1.0])
+            runtime.sum(1.0)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,7 @@ def test_a_rank_that_is_lost_is_named_in_a_sentence_within_the_stated_time(
             assert text.count("\n") == 1
             continue
         assert text == (
-            f"error: rank {rank} cannot go on: rank {lost} ended or hangs (ranks wait 3 seconds "
+            f"error: rank {rank} cannot continue: rank {lost} ended or hangs (ranks wait 3 seconds "
             "for each other, --dist_timeout); try again\n"
         )
 
@@ -175,35 +179,36 @@ class StoreThatGoes:
 def test_a_store_that_goes_with_rank_0_does_not_hide_who_was_lost_before(
     alone: set[int], absent: set[int]
 ) -> None:
-    args = gpu.argparse.Namespace(world_size=3, rank=1)
-    assert gpu._absent_ranks(args, StoreThatGoes(alone)) == absent
+    group = process_group.Group(Place(1, 3, 1), StoreThatGoes(alone), 9)
+    assert process_group._absent_ranks(group) == absent
 
 
 def test_each_start_of_the_group_has_a_name_of_its_own_in_one_store() -> None:
     store, names = dist.HashStore(), []
     for _ in range(3):
-        ranks = [gpu.argparse.Namespace(rank=r, world_size=3, dist_timeout=9) for r in range(3)]
+        ranks = [process_group.Group(Place(rank, 3, rank), store, 9) for rank in range(3)]
         with ThreadPoolExecutor(3) as pool:
-            (name,) = set(pool.map(lambda args: gpu._agree_on_name(args, store), ranks))
+            (name,) = set(pool.map(process_group._agree_on_name, ranks))
         names.append(name)
     assert len(set(names)) == 3
-    alone = gpu.argparse.Namespace(rank=0, world_size=3, dist_timeout=0.1)
+    alone = process_group.Group(Place(0, 3, 0), store, 0.1)
     with pytest.raises(SystemExit, match="error: ranks 1, 2 did not start within"):
-        gpu._agree_on_name(alone, store)
+        process_group._agree_on_name(alone)
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu, "_stores", [dist.HashStore()])
-    with pytest.raises(RuntimeError, match="shape"), gpu.naming_lost_ranks(None, "no"):
+    group = process_group.Group(Place(0, 2, 0), dist.HashStore(), 9)
+    monkeypatch.setattr(process_group, "_group", group)
+    with pytest.raises(RuntimeError, match="shape"), process_group.naming_lost_ranks("no"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_ranks_that_find_different_states_are_told_to_share_the_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu, "distributed_gather", lambda args, value: [6, value])
-    args = gpu.argparse.Namespace(work_dir="runs/x", rank=1)
+    monkeypatch.setattr(gpu.Runtime, "gather", lambda self, value: [6, value])
+    runtime = gpu.Runtime(torch.device("cpu"), 1, 2, 1)
     with pytest.raises(InputError, match="step 6 for rank 0 and of step 0 for rank 1.*share"):
-        check_equal_states(args, None)
+        check_equal_states(runtime, Path("runs/x"), None)

@@ -11,6 +11,7 @@ from conftest import POSITIONS, ROOT, VOCABULARY, Tiny, finish, random_rows, sta
 import checkpoints
 import gpt2_beam
 import gpt2_ft
+import gpu
 from checkpoints import read_adapter, read_base
 from common.errors import InputError
 from data_utils import load_tokenizer
@@ -162,9 +163,9 @@ def chosen_ends(tiny: Tiny, vocab_size: int, *more: object, vocab: Path | None =
     argv = beam_argv(tiny)
     at = argv.index("--eos_token_id")
     args = gpt2_beam.parse_args([*argv[:at], *argv[at + 2 :], *map(str, more)])
-    args.rank = 0
     tokenizer = load_tokenizer(vocab) if vocab else None
-    return gpt2_beam.search_settings(args, tokenizer, vocab_size).end_ids
+    runtime = gpu.parse_gpu(args)
+    return gpt2_beam.search_settings(args, runtime, tokenizer, vocab_size).end_ids
 
 
 def test_given_end_ids_replace_the_default_and_a_missing_trained_one_is_named(

@@ -20,6 +20,7 @@ from model import GPT2Config, GPT2LMModel
 from optimizer import (
     SCHEDULERS,
     AdamW,
+    OptimizerSettings,
     add_optimizer_params,
     create_adam_optimizer_from_args,
     create_grouped_parameters,
@@ -27,12 +28,10 @@ from optimizer import (
 )
 
 
-def arguments(*argv: str, max_step: int = 100) -> argparse.Namespace:
+def arguments(*argv: str, max_step: int = 100) -> OptimizerSettings:
     parser = argparse.ArgumentParser()
     add_optimizer_params(parser)
-    args = parser.parse_args(argv)
-    args.max_step, args.device = max_step, torch.device("cpu")
-    return args
+    return OptimizerSettings(**vars(parser.parse_args(argv)), max_step=max_step)
 
 
 def original_update(values: list[float], gradients: list[list[float]], **h: float) -> list[float]:
@@ -200,7 +199,7 @@ def test_apex_needs_cuda() -> None:
 def test_the_unrelated_apex_package_is_told_from_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both where apex is absent and where another package of that name fails as it is imported."""
     args = arguments("--optimizer", "apex")
-    args.device = torch.device("cuda")
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
     for module in ({"apex": None}, {"apex": types.ModuleType("apex"), "apex.optimizers": None}):
         for name, value in module.items():
             monkeypatch.setitem(sys.modules, name, value)
@@ -219,7 +218,7 @@ def test_the_unrelated_apex_package_is_told_from_nvidias(monkeypatch: pytest.Mon
         create_adam_optimizer_from_args(tiny_layer(), args)
 
 
-def rates(args: argparse.Namespace) -> list[float]:
+def rates(args: OptimizerSettings) -> list[float]:
     """The learning rate of each step from 0 to `max_step`, driven as training drives it."""
     optimizer = create_adam_optimizer_from_args(tiny_layer(), args)
     scheduler = create_optimizer_scheduler(optimizer, args)

@@ -55,8 +55,7 @@ def test_fifty_steps_on_the_sample_have_the_originals_rows_losses_norms_and_adap
         "max_step": given["max_step"],
     }  # fmt: skip
     args = gpt2_ft.parse_args([str(part) for key in flags for part in (f"--{key}", flags[key])])
-    gpu.parse_gpu(args)
-    run = prepare(args, None)
+    run = prepare(args, gpu.parse_gpu(args), tmp_path, None)
     checkpoints.apply_trained(run.model, adapter_at("init"), "the original's adapter")
 
     sampler = EpochSampler(1600, expected["batch"], seed=args.random_seed)

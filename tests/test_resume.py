@@ -307,14 +307,14 @@ def test_resume_by_path_goes_on_there_or_in_an_empty_folder_and_in_no_other_run(
 def test_two_runs_do_not_share_a_work_dir(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "LOCK_SECONDS", 0.1)
     folder = tiny.folder / "run"
-    with resume.lock(str(folder)), pytest.raises(InputError, match="in use by another run"):
+    with resume.lock(folder), pytest.raises(InputError, match="in use by another run"):
         gpt2_ft.main(tiny.argv("run"))
     assert adapters(folder) == {}
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
 
 
 def test_a_run_waits_for_a_process_that_is_still_ending(tiny: Tiny) -> None:
-    ending = resume.lock(str(tiny.folder / "run"))
+    ending = resume.lock(tiny.folder / "run")
     ending.__enter__()
     threading.Timer(0.3, ending.__exit__, (None, None, None)).start()
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
@@ -372,7 +372,7 @@ def test_a_run_without_a_better_validation_stops_early_and_says_so(
     validation_losses(monkeypatch, losses)
     gpt2_ft.main(tiny.argv("run", "--patience", 2, "--eval_interval", 2))
     assert numbered(tiny.folder / "run")[-1] == last
-    assert f"Stopped early behind step {last}: 2 validations" in capsys.readouterr().out
+    assert f"Stopped early after step {last}: 2 validations" in capsys.readouterr().out
 
 
 def test_patience_goes_on_behind_a_stop_and_ends_for_good(

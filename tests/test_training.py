@@ -24,9 +24,9 @@ from common.errors import InputError
 from data.convert_e2e import e2e_rows
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer
 from model import GPT2Config, GPT2LMModel
-from optimizer import create_adam_optimizer_from_args, create_optimizer_scheduler
+from optimizer import OptimizerSettings, create_adam_optimizer_from_args, create_optimizer_scheduler
 from training.run import AverageMeter, Run
-from training.setup import prepare
+from training.setup import from_flags, prepare
 
 FOLDERS = (".", "loralib", "common", "checkpoints", "training", "decoding", "data", "eval")
 MODULES = sorted(
@@ -61,10 +61,10 @@ def test_losses_and_adapter_equal_the_oracles_over_50_steps(shared: Path, tmp_pa
     argv = ["--train_data", "x", "--init_checkpoint", "x"]
     for name in ("lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_epislon", "warmup_step"):
         argv += [f"--{name}", str(given[name])]
-    args = gpt2_ft.parse_args(argv)
-    args.device, args.max_step = torch.device("cpu"), given["max_step"]
-    adam = create_adam_optimizer_from_args(gpt, args)
-    scheduler = create_optimizer_scheduler(adam, args)
+    argv += ["--max_step", str(given["max_step"])]
+    optimizer_settings = from_flags(OptimizerSettings, gpt2_ft.parse_args(argv))
+    adam = create_adam_optimizer_from_args(gpt, optimizer_settings)
+    scheduler = create_optimizer_scheduler(adam, optimizer_settings)
     for micro, loss, norm in zip(batches, oracle["losses"], oracle["grad_norms"], strict=True):
         batch = data.batch(micro)
         _, ours = gpt(batch["input"], batch["target"], batch["mask"], oracle["label_smooth"])
@@ -82,22 +82,11 @@ def test_losses_and_adapter_equal_the_oracles_over_50_steps(shared: Path, tmp_pa
         assert (final[name].detach() - tensor).abs().max() < 1e-5, name
 
 
-class SilentLog:
-    def advance(self, loss: float) -> None: ...
-
-    def record(self, kind: str, step: int, text: str, **values: float) -> None: ...
-
-    def show(self, step: int, numbers: dict[str, float], texts: dict[str, str]) -> None: ...
-
-
 def make_run(tiny: Tiny, *more: object) -> Run:
     """A run on the tiny data, without dropout and warm-up, ready for its first step."""
     argv = tiny.argv("run", "--lora_dropout", 0, "--warmup_step", 0, *more)
     args = gpt2_ft.parse_args(argv)
-    gpu.parse_gpu(args)
-    run = prepare(args, None)
-    run.log = SilentLog()
-    return run
+    return prepare(args, gpu.parse_gpu(args), tiny.folder / "run", None)
 
 
 def randomize_adapter(run: Run) -> None:
@@ -222,7 +211,7 @@ def test_skipped_steps_are_not_counted_as_steps_and_the_data_moves_on(
         gpt2_ft, "optimizer_step", lambda r, rows: seen.append(rows) or real(r, rows)
     )
     gpt2_ft.train_validate(run, 1)
-    assert (run.step, run.window, run.bad_steps) == (5, 6, 0)
+    assert (run.step, run.batches_taken, run.bad_steps) == (5, 6, 0)
     assert seen == list(run.sampler.steps(1))
     assert sorted(i for rows in seen for micro in rows for i in micro) == list(range(21))
 
@@ -254,8 +243,7 @@ def test_validation_is_the_unsmoothed_token_mean_for_any_batch_size_and_call(tin
             sums, tokens = sums + float(losses), tokens + int(counted.sum())
     run.model.train()
     for size in (1, 1, 2, 4, 5, 10, 100):
-        run.args.valid_batch_size = size
-        loss, perplexity = gpt2_ft.evaluate(run.model, run.valid, run.args)
+        loss, perplexity = gpt2_ft.evaluate(run.model, run.valid, run.runtime, size)
         assert loss == pytest.approx(sums / tokens, abs=1e-6)
         assert perplexity == pytest.approx(math.exp(loss))
     assert run.model.training
@@ -319,9 +307,9 @@ def test_average_meter_is_a_weighted_mean() -> None:
     meter = AverageMeter()
     meter.update(1.0, 3)
     meter.update(5.0)
-    assert (meter.val, meter.avg, meter.sum, meter.count) == (5.0, 2.0, 8.0, 4)
+    assert (meter.sum, meter.count) == (8.0, 4)
     meter.reset()
-    assert (meter.avg, meter.count) == (0, 0)
+    assert (meter.sum, meter.count) == (0, 0)
 
 
 def test_every_module_imports_without_a_warning() -> None:

@@ -1,6 +1,5 @@
 """What a run leaves in its work_dir for people: run.json, log.jsonl, TensorBoard."""
 
-import argparse
 import json
 import platform
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -15,49 +15,69 @@ from tqdm import tqdm
 from common.errors import InputError
 from common.files import replacing, write_json
 
+if TYPE_CHECKING:  # it takes a second to import, and only rank 0 needs it
+    from torch.utils.tensorboard import SummaryWriter
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def describe_run(args: argparse.Namespace) -> dict:
-    """Settings, versions and code of a run, as run.json keeps them."""
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+def describe_run(flags: dict[str, object]) -> dict:
+    """Return settings, versions and code of a run, as run.json keeps them."""
     return {
         "command": sys.argv,
-        "settings": {key: str(v) if key == "device" else v for key, v in vars(args).items()},
-        "git_commit": commit.stdout.strip() or None,
+        "settings": flags,
+        "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "host": platform.node(),
     }
 
 
-class RunLog:
-    """Shows and keeps the course of a run, on rank 0 only: every record goes to log.jsonl and its
-    numbers to TensorBoard."""
+def _git_commit() -> str | None:
+    """The commit of this code; None where it is not in a repository, or there is no git."""
+    command = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
-    def __init__(self, args: argparse.Namespace, step: int, validated_step: int) -> None:
-        """Open the logs of a run that goes on behind `step`; records of what it will do again are
-        dropped: training past `step`, validation past `validated_step`."""
-        self.work_dir = Path(args.work_dir)
-        self.file = self.writer = None
-        self.bar = tqdm(
-            total=args.max_step, initial=step, unit="step", disable=True if args.rank else None
-        )
-        if args.rank:
-            return
+
+class RunLog:
+    """Shows and keeps the course of a run: every record goes to log.jsonl and its numbers to
+    TensorBoard. Until it is opened it shows and keeps nothing, which is so on all ranks but 0."""
+
+    def __init__(self, work_dir: Path) -> None:
+        self.work_dir = work_dir
+        self.file: IO | None = None
+        self.writer: SummaryWriter | None = None
+        self.bar = tqdm(disable=True)
+
+    @contextmanager
+    def opened(
+        self, flags: dict[str, object], max_step: int, step: int, validated_step: int
+    ) -> Iterator[None]:
+        """Open the logs, within the block, of a run of `max_step` steps that resumes after `step`.
+
+        Records of what it will do again are dropped: training past `step`, validation past
+        `validated_step`.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        write_json(self.work_dir / "run.json", describe_run(args))
+        write_json(self.work_dir / "run.json", describe_run(flags))
         path = self.work_dir / "log.jsonl"
         old = path.read_bytes().splitlines(keepends=True) if path.exists() and step else []
         last = {"train": step, "valid": validated_step}
         with replacing(path, "wb") as file:
             file.writelines(line for line in old if _is_done(line, last))
-        with self._reporting():
-            self.file = path.open("a", encoding="utf-8")
-            self.writer = SummaryWriter(self.work_dir / "tensorboard", purge_step=step + 1)
+        self.bar = tqdm(total=max_step, initial=step, unit="step", disable=None)
+        try:
+            with self._reporting():
+                self.file = path.open("a", encoding="utf-8")
+                self.writer = SummaryWriter(self.work_dir / "tensorboard", purge_step=step + 1)
+            yield
+        finally:
+            self._close()
 
     def advance(self, loss: float) -> None:
         """Move the progress bar one step on; it is drawn on a terminal only."""
@@ -101,13 +121,14 @@ class RunLog:
             for summary in (experiment, start):
                 self.writer.file_writer.add_summary(summary)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self.bar.close()
         with self._reporting():
             if self.file is not None:
                 self.file.close()
             if self.writer is not None:
                 self.writer.close()
+        self.file = self.writer = None
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:

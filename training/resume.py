@@ -1,6 +1,5 @@
 """How a run goes on after a stop: its work_dir and the lock on it, and the state that it saves."""
 
-import argparse
 import fcntl
 import io
 import os
@@ -19,12 +18,17 @@ from checkpoints import AdapterHeader
 from checkpoints.base import read_pickle
 from common.errors import InputError
 from common.files import replacing
+from gpu import Runtime
 from training.run import Run, write_adapter
 
 LOCK_SECONDS = 5.0
 
 
-PROGRESS = ("step", "window", "best_loss", "best_step", "no_better", "bad_steps", "validated_step")
+# Fields of `Run` by their names in the state.
+PROGRESS = {
+    "step": "step", "window": "batches_taken", "best_loss": "best_loss", "best_step": "best_step",
+    "no_better": "no_better", "bad_steps": "bad_steps", "validated_step": "validated_step",
+}  # fmt: skip
 
 
 FORM_SETTINGS = (
@@ -34,9 +38,9 @@ FORM_SETTINGS = (
 
 
 def choose_work_dir(resume: str | None) -> str:
-    """Where a run without `--work_dir` goes: the one to resume, or the first free `runs/NNN`."""
+    """Return where a run without `--work_dir` goes: what it resumes, or the next `runs/NNN`."""
     if resume == "auto":
-        raise InputError("--resume auto needs --work_dir, the folder of the run to go on with")
+        raise InputError("--resume auto needs --work_dir, the folder of the run to resume")
     if resume:
         return resume
     taken = [int(path.name) for path in Path("runs").glob("[0-9][0-9][0-9]")]
@@ -44,7 +48,7 @@ def choose_work_dir(resume: str | None) -> str:
 
 
 @contextmanager
-def lock(work_dir: str) -> Iterator[None]:
+def lock(work_dir: Path) -> Iterator[None]:
     """Keep other runs out of `work_dir` until the block or this process ends, however it ends.
 
     A process that was killed may take a moment to end: it is waited for `LOCK_SECONDS`.
@@ -52,10 +56,9 @@ def lock(work_dir: str) -> Iterator[None]:
     Raises:
         InputError: another run is in there, or the folder cannot be made.
     """
-    folder = Path(work_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(work_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise InputError(f"--work_dir {work_dir} cannot be used: {error.strerror}") from error
     deadline = time.monotonic() + LOCK_SECONDS
@@ -70,7 +73,7 @@ def lock(work_dir: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _locked(handle: int, work_dir: str) -> bool:
+def _locked(handle: int, work_dir: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -82,36 +85,39 @@ def _locked(handle: int, work_dir: str) -> bool:
 
 def save(run: Run) -> None:
     """Write the adapter of this step, then the state from which the run can go on."""
-    if run.saved == (run.step, run.validated_step):
+    if run.last_save == (run.step, run.validated_step):
         return
-    run.saved, run.saved_at = (run.step, run.validated_step), time.monotonic()
-    mine = {"generators": gpu.generator_states(), "meter": vars(run.average)}
-    ranks = gpu.distributed_gather(run.args, mine)
+    run.last_save, run.saved_at = (run.step, run.validated_step), time.monotonic()
+    mine = {
+        "generators": gpu.generator_states(),
+        "meter": {"sum": run.average.sum, "count": run.average.count},
+    }
+    ranks = run.runtime.gather(mine)
     write_adapter(run, run.step)
-    if run.args.rank == 0:
+    if run.runtime.rank == 0:
         state = {
             "format": checkpoints.FORMAT_VERSION,
             "header": run.header.to_fields(),
-            "progress": {name: getattr(run, name) for name in PROGRESS},
-            "trained": {name: p.detach() for name, p in run.kept.items()},
+            "progress": {name: getattr(run, own) for name, own in PROGRESS.items()},
+            "trained": {name: p.detach() for name, p in run.saved.items()},
             "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
             "scaler": run.scaler.state_dict(),
             "ranks": ranks,
         }
-        save_training_state(state_path(run.args.work_dir), state)
+        save_training_state(state_path(run.settings.work_dir), state)
         _drop_old(run)
 
 
 def _drop_old(run: Run) -> None:
     """Delete numbered adapters but the `--keep_last` newest up to this step."""
-    if not run.args.keep_last:
+    if not run.settings.keep_last:
         return
-    names = [path.name for path in Path(run.args.work_dir).glob("model.*.safetensors")]
+    names = [path.name for path in run.settings.work_dir.glob("model.*.safetensors")]
     numbered = [re.fullmatch(r"model\.(\d+)\.safetensors", name) for name in names]
     steps = sorted(int(match[1]) for match in numbered if match)
     done = [step for step in steps if step <= run.step]
-    for step in done[: -run.args.keep_last]:
+    for step in done[: -run.settings.keep_last]:
         run.adapter_path(step).unlink(missing_ok=True)
 
 
@@ -150,32 +156,33 @@ def _has_its_checksums(path: str | Path) -> bool:
         return False
 
 
-def find_state(args: argparse.Namespace) -> dict | None:
-    """The training state to go on from, None for a fresh start.
+def find_state(work_dir: Path, resume: str | None) -> dict | None:
+    """Return the training state to resume from, None for a fresh start.
 
     Raises:
         InputError: there is a run and no `--resume`, or `--resume` and no run.
     """
-    own = state_path(args.work_dir)
-    path = own if args.resume in (None, "auto") else state_path(args.resume)
-    if args.resume not in (None, "auto") and not path.is_file():
-        raise InputError(f"--resume {args.resume} holds no state.pt; is it a run's work_dir?")
-    goes_on_here = args.resume and path.resolve() == own.resolve()
-    if not goes_on_here and (own.is_file() or own.with_name("run.json").is_file()):
+    own = state_path(work_dir)
+    path = own if resume in (None, "auto") else state_path(resume)
+    if resume not in (None, "auto") and not path.is_file():
+        raise InputError(f"--resume {resume} holds no state.pt; is it a run's work_dir?")
+    resumes_here = resume and path.resolve() == own.resolve()
+    if not resumes_here and (own.is_file() or own.with_name("run.json").is_file()):
         raise InputError(
-            f"--work_dir {args.work_dir} holds a run already; give --resume auto to go on with it, "
-            "or another --work_dir to start anew"
+            f"--work_dir {work_dir} holds a run already; give --resume auto to resume it, or "
+            "another --work_dir to start anew"
         )
-    return read_training_state(path) if args.resume and path.is_file() else None
+    return read_training_state(path) if resume and path.is_file() else None
 
 
-def check_equal_states(args: argparse.Namespace, state: dict | None) -> None:
-    """Refuse to go on where the ranks found different states, or some none."""
-    steps = gpu.distributed_gather(args, state["progress"]["step"] if state else 0)
+def check_equal_states(runtime: Runtime, work_dir: Path, state: dict | None) -> None:
+    """Refuse to resume where the ranks found different states, or some none."""
+    steps = runtime.gather(state["progress"]["step"] if state else 0)
     if len(set(steps)) > 1:
         raise InputError(
-            f"--work_dir {args.work_dir} holds a state of step {steps[0]} for rank 0 and of step "
-            f"{steps[args.rank]} for rank {args.rank}; it must be a folder that all machines share"
+            f"--work_dir {work_dir} holds a state of step {steps[0]} for rank 0 and of step "
+            f"{steps[runtime.rank]} for rank {runtime.rank}; it must be a folder that all machines "
+            "share"
         )
 
 
@@ -202,30 +209,29 @@ def _flat(header: dict) -> dict:
 
 def restore(run: Run, state: dict) -> None:
     """Put a run back to where `save` left it, under the settings of its own arguments."""
-    _check_form(state, run.args)
-    for name, value in state["progress"].items():
-        setattr(run, name, value)
-    run.saved = run.step, run.validated_step
+    _check_form(state["header"]["settings"], run.header["settings"])
+    for name, own in PROGRESS.items():
+        setattr(run, own, state["progress"][name])
+    run.last_save = run.step, run.validated_step
     checkpoints.apply_trained(gpu.unwrap(run.model), state["trained"], "state.pt")
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
     _restore_schedule(run, state["scheduler"])
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
-    if len(state["ranks"]) == run.args.world_size:
-        mine = state["ranks"][run.args.rank]
+    if len(state["ranks"]) == run.runtime.world_size:
+        mine = state["ranks"][run.runtime.rank]
         gpu.set_generator_states(mine["generators"])
-        vars(run.average).update(mine["meter"])
+        run.average.sum, run.average.count = mine["meter"]["sum"], mine["meter"]["count"]
 
 
-def _check_form(state: dict, args: argparse.Namespace) -> None:
+def _check_form(then: dict, now: dict) -> None:
     """Refuse what even `--resume_anyway` cannot do: the saved tensors are laid out for these."""
-    then = state["header"]["settings"]
     for name in FORM_SETTINGS:
-        if then.get(name) != getattr(args, name):
+        if then.get(name) != now[name]:
             raise InputError(
-                f"--resume: --{name} was {then.get(name)} and is {getattr(args, name)}, which the "
-                "saved state does not fit; put it back, or start anew in another --work_dir"
+                f"--resume: --{name} was {then.get(name)} and is {now[name]}, which the saved "
+                "state does not fit; put it back, or start anew in another --work_dir"
             )
 
 

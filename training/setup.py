@@ -1,8 +1,11 @@
-"""From arguments to a run that is ready to train: data, model, optimizer, steps, header."""
+"""From flags to a run that is ready to train: data, model, optimizer, steps, header."""
 
 import argparse
 import hashlib
+import math
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -15,11 +18,18 @@ import loralib as lora
 from checkpoints import AdapterHeader, Base, Vocabulary
 from common.errors import InputError
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer, vocabulary_fingerprint
+from gpu import Runtime
 from model import GPT2Config, GPT2LMModel
-from optimizer import create_adam_optimizer_from_args, create_optimizer_scheduler
+from optimizer import (
+    OptimizerSettings,
+    create_adam_optimizer_from_args,
+    create_optimizer_scheduler,
+)
+from training.log import RunLog
 from training.resume import check_settings, restore
-from training.run import Run
+from training.run import Plan, Run, RunSettings
 
+T = TypeVar("T")
 DEFAULT_EPOCHS = 5
 
 # Two runs that agree in these, in their data and in their base give the same adapter.
@@ -59,41 +69,63 @@ RESULT_SETTINGS = [
 ]
 
 
-def prepare(args: argparse.Namespace, state: dict | None) -> Run:
-    """Data, model, optimizer and schedule, put back to `state` if there is one."""
+def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: dict | None) -> Run:
+    """Return the run that the flags describe, put back to `state` if there is one."""
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
     base = None if args.init_checkpoint == "none" else checkpoints.read_base(args.init_checkpoint)
     gpu.seed_everything(args.random_seed)
     model = build_model(args, base, tokenizer)
-    train, valid = load_data(args, tokenizer, model.config)
-    sampler = plan_steps(args, len(train), state)
-    header = describe_adapter(args, model, tokenizer)
+    train, valid = load_data(args, runtime, tokenizer, model.config)
+    plan = plan_steps(args, runtime, len(train), state)
+    header = describe_adapter(args, plan, model, tokenizer)
     if state is not None and not args.resume_anyway:
         check_settings(state, header)
     model.transformer.gradient_checkpointing = args.gradient_checkpointing
-    model.to(args.device).train()
-    optimizer = create_adam_optimizer_from_args(model, args)
-    scheduler = create_optimizer_scheduler(optimizer, args)
-    scaler = GradScaler(args.device.type, enabled=args.fp16)
+    model.to(runtime.device).train()
+    settings = from_flags(
+        OptimizerSettings, args, max_step=plan.max_step, warmup_step=plan.warmup_step
+    )
+    optimizer = create_adam_optimizer_from_args(model, settings)
+    scheduler = create_optimizer_scheduler(optimizer, settings)
     # Equal models on all ranks, but dropout of their own.
-    gpu.seed_everything(args.random_seed + args.rank)
-    wrapped = gpu.distributed_opt(args, model)
-    run = Run(args, wrapped, optimizer, scheduler, scaler, train, valid, sampler, header, tokenizer)
+    gpu.seed_everything(args.random_seed + runtime.rank)
+    run = Run(
+        runtime=runtime,
+        settings=from_flags(RunSettings, args, work_dir=work_dir),
+        plan=plan,
+        flags=resolved_flags(args, runtime, plan, work_dir, model),
+        model=runtime.wrap(model),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=GradScaler(runtime.device.type, enabled=runtime.precision == "fp16"),
+        train=train,
+        valid=valid,
+        sampler=sampler_of(args, runtime, plan, len(train)),
+        header=header,
+        log=RunLog(work_dir),
+        tokenizer=tokenizer,
+    )
     if state is not None:
         restore(run, state)
     return run
 
 
-def show_plan(args: argparse.Namespace) -> None:
-    """Print the sizes of the run that these arguments start. Nothing is written, and no weights
-    are read or made: the model has the card's own shape."""
+def from_flags(kind: type[T], args: argparse.Namespace, **resolved: object) -> T:
+    """Return an object of a dataclass whose fields have the names of flags; `resolved` rules."""
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: getattr(args, name) for name in names - resolved.keys()}, **resolved)
+
+
+def show_plan(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Print the sizes of the run that these flags start. Nothing is written, and no weights are
+    read or made: the model has the card's own shape."""
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
     with torch.device("meta"):
         model = build_model(args, None, tokenizer)
-    train, _ = load_data(args, tokenizer, model.config)
-    sampler = plan_steps(args, len(train), None)
-    if args.rank == 0:
-        print_sizes(args, model, sampler)
+    train, _ = load_data(args, runtime, tokenizer, model.config)
+    plan = plan_steps(args, runtime, len(train), None)
+    if runtime.rank == 0:
+        print_sizes(args, runtime, plan, model, len(train), args.work_dir)
 
 
 def build_model(
@@ -141,9 +173,8 @@ def adapter_settings(args: argparse.Namespace) -> lora.LoraConfig | None:
 
 
 def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
-    """Freeze what the arguments do not train: the base beside an adapter; all but the biases
-    (BitFit; Ben Zaken et al. 2022, arXiv:2106.10199) or but the last blocks; else nothing.
-    Settles `args.trained_parameters`."""
+    """Freeze what the flags do not train: the base under an adapter; all but the biases (BitFit;
+    Ben Zaken et al. 2022, arXiv:2106.10199) or but the last blocks; else nothing."""
     if args.lora_dim or args.train_bias == "all":
         if args.train_top:
             raise InputError("--train_top goes with --lora_dim 0 and --train_bias none")
@@ -157,7 +188,6 @@ def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
             )
         model.requires_grad_(False)
         model.transformer.h[-args.train_top :].requires_grad_()
-    args.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def method_of(args: argparse.Namespace) -> str:
@@ -168,17 +198,11 @@ def method_of(args: argparse.Namespace) -> str:
 
 
 def load_data(
-    args: argparse.Namespace, tokenizer: Tokenizer | None, config: GPT2Config
+    args: argparse.Namespace, runtime: Runtime, tokenizer: Tokenizer | None, config: GPT2Config
 ) -> tuple[FT_Dataset, FT_Dataset | None]:
-    """Training and validation rows; says how many were too long for the window."""
-    sets = []
-    for path, size in (
-        (args.train_data, args.train_batch_size),
-        (args.valid_data, args.valid_batch_size),
-    ):
-        if path is None:
-            sets.append(None)
-            continue
+    """Return training and validation rows; says how many were too long for the window."""
+
+    def load(path: str, size: int) -> FT_Dataset:
         data = FT_Dataset(
             path,
             size,
@@ -187,41 +211,80 @@ def load_data(
             tokenizer=tokenizer,
             vocab_size=config.vocab_size,
         )
-        if args.rank == 0:
+        if runtime.rank == 0:
             print(
                 f"{path}: {len(data):,} rows; cut to --seq_len {args.seq_len}: "
                 f"{data.contexts_cut} contexts, {data.completions_cut} completions"
             )
-        sets.append(data)
-    return sets[0], sets[1]
+        return data
+
+    train = load(args.train_data, args.train_batch_size)
+    return train, load(args.valid_data, args.valid_batch_size) if args.valid_data else None
 
 
-def plan_steps(args: argparse.Namespace, rows: int, state: dict | None) -> EpochSampler:
-    """The sampler of the run; settles `args.max_step` and `args.global_batch`, and keeps the
-    global batch of a resumed run where the number of processes has changed."""
-    per_micro_batch = args.train_batch_size * args.world_size
-    if state is not None and len(state["ranks"]) != args.world_size:
-        wanted = state["header"]["settings"]["global_batch"]
-        if wanted % per_micro_batch:
+def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: dict | None) -> Plan:
+    """Return the plan of a run over so many rows. It keeps the global batch of a resumed run where
+    the number of processes has changed.
+
+    Raises:
+        InputError: this number of processes cannot make that global batch.
+    """
+    per_micro_batch, grad_acc = args.train_batch_size * runtime.world_size, args.grad_acc
+    if state is not None and len(state["ranks"]) != runtime.world_size:
+        before = state["header"]["settings"]["global_batch"]
+        if before % per_micro_batch:
             raise InputError(
-                f"--resume: the run has a global batch of {wanted}, which {args.world_size} "
+                f"--resume: the run has a global batch of {before}, which {runtime.world_size} "
                 f"processes of --train_batch_size {args.train_batch_size} cannot make; change one"
             )
-        args.grad_acc = wanted // per_micro_batch
-    args.global_batch = per_micro_batch * args.grad_acc
-    sampler = EpochSampler(
-        rows, args.train_batch_size, args.grad_acc, args.world_size, args.rank, args.random_seed
+        grad_acc = before // per_micro_batch
+    steps_per_epoch = math.ceil(rows / (per_micro_batch * grad_acc))
+    max_step, max_epoch = args.max_step, args.max_epoch
+    if max_step is None:
+        max_epoch = max_epoch or DEFAULT_EPOCHS
+        max_step = steps_per_epoch * max_epoch
+    return Plan(
+        global_batch=per_micro_batch * grad_acc,
+        grad_acc=grad_acc,
+        steps_per_epoch=steps_per_epoch,
+        max_step=max_step,
+        max_epoch=max_epoch,
+        warmup_step=args.warmup_step,
     )
-    if args.max_step is None:
-        args.max_epoch = args.max_epoch or DEFAULT_EPOCHS
-        args.max_step = sampler.steps_per_epoch * args.max_epoch
-    return sampler
+
+
+def sampler_of(args: argparse.Namespace, runtime: Runtime, plan: Plan, rows: int) -> EpochSampler:
+    """Return the sampler that gives this rank its rows."""
+    return EpochSampler(
+        rows, args.train_batch_size, plan.grad_acc, runtime.world_size, runtime.rank,
+        args.random_seed,
+    )  # fmt: skip
+
+
+def resolved_flags(
+    args: argparse.Namespace, runtime: Runtime, plan: Plan, work_dir: Path, model: GPT2LMModel
+) -> dict[str, object]:
+    """Return every flag with the value it came to, and what else people compare runs by."""
+    place = {
+        "rank": runtime.rank,
+        "world_size": runtime.world_size,
+        "local_rank": runtime.local_rank,
+        "device": str(runtime.device),
+        "work_dir": str(work_dir),
+    }
+    return vars(args) | asdict(plan) | place | {"trained_parameters": trained_parameters(model)}
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Return how many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def describe_adapter(
-    args: argparse.Namespace, model: GPT2LMModel, tokenizer: Tokenizer | None
+    args: argparse.Namespace, plan: Plan, model: GPT2LMModel, tokenizer: Tokenizer | None
 ) -> AdapterHeader:
-    """The header of the run's adapter files, all but the step: what decides their content."""
+    """Return the header of the run's adapter files, all but the step: what decides them."""
+    resolved = vars(args) | asdict(plan)
     vocabulary = tokenizer and Vocabulary(
         tokenizer.get_vocab_size(), vocabulary_fingerprint(tokenizer)
     )
@@ -234,23 +297,28 @@ def describe_adapter(
         vocabulary=vocabulary,
         seed=args.random_seed,
         train_data=hashlib.sha256(Path(args.train_data).read_bytes()).hexdigest(),
-        settings={name: getattr(args, name) for name in RESULT_SETTINGS},
+        settings={name: resolved[name] for name in RESULT_SETTINGS},
     )
 
 
-def print_args(args: argparse.Namespace) -> None:
-    """All settings of the run."""
-    print("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items())))
+def print_flags(flags: dict[str, object]) -> None:
+    """Print all settings of the run."""
+    print("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(flags.items())))
 
 
-def print_sizes(args: argparse.Namespace, model: nn.Module, sampler: EpochSampler) -> None:
-    """What is trained and for how long."""
+def print_sizes(
+    args: argparse.Namespace,
+    runtime: Runtime,
+    plan: Plan,
+    model: nn.Module,
+    rows: int,
+    work_dir: Path | str | None,
+) -> None:
+    """Print what is trained and for how long."""
     total = sum(p.numel() for p in model.parameters())
-    folder = args.work_dir or "the next runs/NNN"
-    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     print(
-        f"{args.model_card}: {args.trained_parameters:,} trainable parameters of {total:,}, "
-        f"{precision} on {args.device}, {args.world_size} process(es); {sampler.rows:,} rows in "
-        f"steps of {args.global_batch}, {sampler.steps_per_epoch:,} steps an epoch, "
-        f"{args.max_step:,} in all; into {folder}"
+        f"{args.model_card}: {trained_parameters(model):,} trainable parameters of {total:,}, "
+        f"{runtime.precision} on {runtime.device}, {runtime.world_size} process(es); {rows:,} "
+        f"rows in steps of {plan.global_batch}, {plan.steps_per_epoch:,} steps an epoch, "
+        f"{plan.max_step:,} in all; into {work_dir or 'the next runs/NNN'}"
     )

@@ -28,13 +28,13 @@ SHOWN_SETTINGS = (
 def show_settings(run: Run) -> None:
     """Put the settings of a run on the page of hyper-parameters, beside its best validation loss,
     or the last training loss where nothing is validated."""
-    own = {name: getattr(run.args, name) for name in SHOWN_SETTINGS} | {"kind": run.header.kind}
+    own = {name: run.flags[name] for name in SHOWN_SETTINGS} | {"kind": run.header.kind}
     run.log.show_settings(own, "valid/best_loss" if run.valid else "train/loss")
 
 
 def show_validation(run: Run) -> None:
     """Show, on rank 0, the best loss, the norms of the updates and the samples at `run.step`."""
-    if run.args.rank:
+    if run.runtime.rank:
         return
     norms = update_norms(gpu.unwrap(run.model))
     numbers = {f"update_norm/{name}": norm for name, norm in norms.items()}
@@ -56,7 +56,7 @@ def sample_texts(run: Run) -> dict[str, str]:
     references: dict[tuple[int, ...], list[Row]] = {}
     for row in run.valid.rows:
         references.setdefault(tuple(row.context.tolist()), []).append(row)
-    chosen = dict(islice(references.items(), run.args.valid_samples))
+    chosen = dict(islice(references.items(), run.settings.valid_samples))
     ends = {int(row.completion[-1]) for rows in chosen.values() for row in rows}
     outputs = greedy(run, list(chosen), ends)
     texts = {}
@@ -73,15 +73,16 @@ def sample_texts(run: Run) -> dict[str, str]:
 def greedy(run: Run, contexts: list[tuple[int, ...]], ends: set[int]) -> list[list[int]]:
     """The token ids that the model writes behind each context, up to one of `ends`; none where its
     logits are not finite."""
-    room = min(SAMPLE_TOKENS, run.args.seq_len // 2)
+    window = run.train.max_seq_length
+    room = min(SAMPLE_TOKENS, window // 2)
     settings = SearchSettings(
         beam=1, no_repeat_ngram_size=0, eval_len=room, end_ids=tuple(sorted(ends))
     )
-    width, device = run.args.seq_len - room, run.args.device
-    prompts = [torch.tensor(context[-width:], device=device) for context in contexts]
+    width = window - room
+    prompts = [torch.tensor(c[-width:], device=run.runtime.device) for c in contexts]
     model = gpu.unwrap(run.model).eval()
     try:
-        with gpu.autocast(run.args):
+        with run.runtime.autocast():
             return [found[0].tokens for found in beam_search(model, prompts, settings)]
     except ValueError:
         return [[] for _ in contexts]

@@ -10,6 +10,7 @@ docs/metrics.md says how each number arises.
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from common.errors import InputError, run
@@ -56,25 +57,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and value < (0 if flag == "bootstrap" else 1):
             raise InputError(f"--{flag} {value} is too small; give a positive number")
-    official = {name.lower(): name for name in METRICS[args.task]}
     args.asked = args.metrics is not None
-    wanted = (args.metrics or ",".join(official)).lower().replace("-", "_").split(",")
-    unknown = [name for name in wanted if name not in official]
-    if unknown:
-        raise InputError(
-            f"--metrics {', '.join(unknown)}: task {args.task} has {', '.join(official)}"
-        )
-    args.metrics = tuple(name for low, name in official.items() if low in wanted)
+    args.metrics = named_metrics(args.task, args.metrics)
     return args
 
 
-def _load_data(args: argparse.Namespace) -> tuple[list[Item], list[list[str]]]:
-    rows = texts.read_data(args.data, args.vocab)
-    items = texts.group(rows, args.task)
-    systems = []
-    for path in filter(None, (args.predictions, args.compare)):
-        predictions = texts.read_predictions(path, rows)
-        systems.append(texts.outputs(items, predictions, args.task))
+def named_metrics(task: str, given: str | None) -> tuple[str, ...]:
+    """The official names of comma-separated `given` ones, all of the task for None.
+
+    Raises:
+        InputError: the task has no metric of such a name.
+    """
+    official = {name.lower(): name for name in METRICS[task]}
+    wanted = (given or ",".join(official)).lower().replace("-", "_").split(",")
+    if unknown := [name for name in wanted if name not in official]:
+        raise InputError(f"--metrics {', '.join(unknown)}: task {task} has {', '.join(official)}")
+    return tuple(name for low, name in official.items() if low in wanted)
+
+
+def load_data(
+    task: str, data: str, predictions: Iterable[str], vocab: str | None = None
+) -> tuple[list[Item], list[list[str]]]:
+    """The items of a data file, and the outputs of each predictions file for them.
+
+    Raises:
+        InputError: names the file, and the line or ids that do not fit.
+    """
+    rows = texts.read_data(data, vocab)
+    items = texts.group(rows, task)
+    systems = [texts.outputs(items, texts.read_predictions(p, rows), task) for p in predictions]
     return items, systems
 
 
@@ -122,44 +133,55 @@ def _resample(result: dict, measured: Measured, samples: int) -> None:
             p = bootstrap.p_value(scores, theirs, difference)
             result["compare"].setdefault("p_values", {})[name] = p
             result["compare"].setdefault("intervals", {})[name] = bootstrap.interval(theirs)
+            of_difference = bootstrap.interval(scores - theirs)
+            result["compare"].setdefault("difference_intervals", {})[name] = of_difference
     result["bootstrap"] = {"samples": samples, "seed": bootstrap.SEED, "intervals": intervals}
 
 
-def _result(
-    args: argparse.Namespace,
+def result_of(
+    task: str,
+    wanted: tuple[str, ...],
     items: list[Item],
-    left_out: int,
     systems: list[list[str]],
     measured: Measured,
+    *,
+    left_out: int = 0,
+    samples: int = 0,
 ) -> dict:
+    """Scores, counts and, for `samples` > 0, intervals of the first system as JSON, and what
+    compares a second one with it; docs/metrics.md says what the fields hold."""
     counts = [len(item.references) for item in items]
     result = {
-        "scores": _scores(measured, 0, args.metrics),
-        "task": args.task,
+        "scores": _scores(measured, 0, wanted),
+        "task": task,
         "items": len(items),
         "references": sum(counts),
         "references_per_item": [min(counts), max(counts)],
         "references_left_out": left_out,
         "reasons": measured.reasons,
-        "sacrebleu": sacrebleu_scores([i.references for i in items], systems[0], args.metrics),
+        "sacrebleu": sacrebleu_scores([i.references for i in items], systems[0], wanted),
     }
     if "METEOR" in measured.systems[0]:
         result["meteor"] = {"version": coco.METEOR_VERSION, "flags": coco.METEOR_FLAGS}
-    if parts := _subsets(items, measured, args.metrics):
+    if parts := _subsets(items, measured, wanted):
         result["subsets"] = parts
-    if args.compare:
-        other = _scores(measured, 1, args.metrics)
+    if len(systems) > 1:
+        other = _scores(measured, 1, wanted)
         differences = {name: result["scores"][name] - other[name] for name in measured.systems[0]}
         result["compare"] = {"scores": other, "differences": differences}
-    if args.bootstrap:
-        _resample(result, measured, args.bootstrap)
+    if samples:
+        _resample(result, measured, samples)
     return result
 
 
 def evaluate(args: argparse.Namespace) -> dict:
     """Score what the arguments name and write the files they ask for; return the result, which is
     JSON with `scores` first: fractions, but NIST and CIDEr raw, None with a reason in `reasons`."""
-    items, systems = (_load_data if args.data else _load_files)(args)
+    if args.data:
+        predictions = filter(None, (args.predictions, args.compare))
+        items, systems = load_data(args.task, args.data, predictions, args.vocab)
+    else:
+        items, systems = _load_files(args)
     given = sum(len(item.references) for item in items)
     if args.ref_num:
         items = texts.limit_references(items, args.ref_num)
@@ -172,7 +194,15 @@ def evaluate(args: argparse.Namespace) -> dict:
         official.write_hypotheses(args.write_hypotheses, systems[0])
     with coco.Meteor() as meteor:
         measured = measure(args.task, references, systems, args.metrics, meteor)
-        result = _result(args, items, given - sum(map(len, references)), systems, measured)
+        result = result_of(
+            args.task,
+            args.metrics,
+            items,
+            systems,
+            measured,
+            left_out=given - sum(map(len, references)),
+            samples=args.bootstrap,
+        )
         if args.report:
             text = tables.segments_text(items, systems, measured.systems, args.report_items)
             with replacing(args.report) as file:

@@ -110,6 +110,8 @@ def test_bootstrap_and_a_second_system(e2e, tmp_path, capsys):
         assert interval["low"] <= interval["mean"] <= interval["high"]
         assert compare["differences"][name] == pytest.approx(score - compare["scores"][name])
         assert 0 < compare["p_values"][name] <= 1
+        of_difference = compare["difference_intervals"][name]
+        assert of_difference["low"] <= compare["differences"][name] <= of_difference["high"]
     header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("metric"))
     for title in ("score", "95 % interval", "sacreBLEU", "other", "difference", "p"):
         assert title in header

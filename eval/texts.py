@@ -7,6 +7,7 @@ WebNLG and DART texts are lower-cased and get spaces around every character that
 
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,12 @@ def clean(text: str) -> str:
     """The text up to its end mark or a blank line, on one line."""
     text = text.split(END_OF_TEXT)[0].split("\n\n")[0]
     return " ".join(line for part in text.splitlines() if (line := part.strip()))
+
+
+def fold(text: str) -> str:
+    """The text in lower case and without accents."""
+    letters = unicodedata.normalize("NFKD", text.lower())
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
 
 def prepare(text: str, task: str) -> str:

@@ -1,6 +1,7 @@
 """E2E to text JSONL: `python -m data.convert_e2e SRC DST`.
 
-Reads the lines `context||completion` of the LoRA release, or the data set's own CSV (mr, ref).
+Reads the lines `context||completion` of the LoRA release, the data set's own CSV (mr, ref) or the
+CSV of cleaned E2E (mr, ref, fixed, orig_mr), whose meanings say what the texts say.
 """
 
 import csv
@@ -10,8 +11,9 @@ from collections.abc import Iterator
 
 from common.errors import InputError, run
 from data.rows import Row, convert_main, read_text
+from eval.slots import Meaning, parse_meaning
 
-SLOT = re.compile(r"([^\[\],][^\[\]]*)\[([^\]]*)\]")
+COLUMNS = ("mr", "ref"), ("mr", "ref", "fixed", "orig_mr")
 SHORT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
 
@@ -33,25 +35,36 @@ def pair_rows(path: str, text: str) -> Iterator[Row]:
 
 def csv_rows(path: str, text: str) -> Iterator[Row]:
     """One row a record; the references keep their spelling (the other form is tokenised)."""
+    for line, record in csv_records(path, text):
+        try:
+            context = context_of(parse_meaning(record["mr"]))
+        except InputError as error:
+            raise InputError(f"{path}, line {line}: {error}") from error
+        yield {"context": context, "completion": record["ref"].strip()}
+
+
+def csv_records(path: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The records by column, each with the line on which it ends."""
     reader = csv.reader(io.StringIO(text, newline=""))
-    header = next(reader)
-    if header != ["mr", "ref"]:
-        raise InputError(f"{path}, line 1: expected the columns mr,ref, got {','.join(header)}")
-    for record in reader:
-        slots = SLOT.findall(record[0]) if len(record) == 2 else []
-        if not slots:
-            raise InputError(
-                f"{path}, line {reader.line_num}: expected 'name[value], ...' and a reference, "
-                f"got {record}"
-            )
-        context = " | ".join(f"{slot_name(key)} : {tokenised(value)}" for key, value in slots)
-        yield {"context": context, "completion": record[1].strip()}
+    header = tuple(next(reader))
+    if header not in COLUMNS:
+        forms = " or ".join(",".join(columns) for columns in COLUMNS)
+        raise InputError(f"{path}, line 1: expected the columns {forms}, got {','.join(header)}")
+    try:
+        for record in reader:
+            if len(record) != len(header):
+                raise InputError(
+                    f"{path}, line {reader.line_num}: expected {','.join(header)}, got {record}"
+                )
+            yield reader.line_num, dict(zip(header, record, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
-def slot_name(key: str) -> str:
-    """The key as the LoRA release spells it."""
-    key = key.strip()
-    return SHORT_NAMES.get(key, key)
+def context_of(meaning: Meaning) -> str:
+    """The meaning as the LoRA release writes it: `name : Aromi | price : £ 20 - 25`."""
+    pairs = [(SHORT_NAMES.get(slot, slot), value) for slot, value in meaning]
+    return " | ".join(f"{slot} : {tokenised(value)}" for slot, value in pairs)
 
 
 def tokenised(value: str) -> str:

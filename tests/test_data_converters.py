@@ -155,8 +155,10 @@ def test_dart_lowers_relations_alone_and_keeps_empty_texts(tmp_path: Path) -> No
     ("rows_of", "text", "message"),
     [
         (e2e_rows, "a : b||c\nd : e\n", r"raw, line 2: no '\|\|'"),
-        (e2e_rows, 'mr,ref\n"name[A]",x\nname A,y\n', "raw, line 3: expected 'name"),
+        (e2e_rows, 'mr,ref\n"name[A]",x\nname A,y\n', "raw, line 3: 'name A' is not of the form"),
         (e2e_rows, "MR\nname[A]\n", "raw, line 1: expected the columns mr,ref"),
+        (e2e_rows, "mr,ref,fixed,orig_mr\nname[A],x,0\n", "raw, line 2: expected mr,ref,fixed"),
+        (e2e_rows, "mr,ref\n" + "a" * 200_000 + ",x\n", "raw, line 2: not CSV .*field larger"),
         (webnlg_rows, '{"entries": [\n{,}]}', "raw, line 2: not JSON"),
         (webnlg_rows, "[]", "raw: expected an object with a list 'entries'"),
         (webnlg_rows, json.dumps({"entries": [webnlg_entry(1), webnlg_entry(3)]}), "raw, entry 2"),

@@ -171,9 +171,9 @@ def test_unequal_counts_name_files_and_items(e2e, tmp_path):
         evaluate.main([*e2e, *NO_JAVA])
 
 
-def test_the_script_runs_from_any_folder(e2e, tmp_path):
-    script = [sys.executable, "-W", "error", str(ROOT / "eval" / "evaluate.py")]
-    run = {"cwd": tmp_path, "capture_output": True, "encoding": "utf-8"}
+def test_the_program_scores_and_refuses_in_a_process_of_its_own(e2e):
+    script = [sys.executable, "-W", "error", "-m", "eval.evaluate"]
+    run = {"cwd": ROOT, "capture_output": True, "encoding": "utf-8"}
     done = subprocess.run([*script, *e2e, *NO_JAVA], **run)
     assert (done.returncode, done.stderr) == (0, "")
     assert "BLEU" in done.stdout

@@ -18,7 +18,10 @@ from checkpoints import hub as weights_hub
 from model import MODEL_CARDS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LOAD = "import sys, pretrained, errors; errors.run(lambda: print(weights_hub.find(sys.argv[1])))"
+LOAD = (
+    "import sys; from checkpoints import hub; from common import errors; "
+    "errors.run(lambda: print(hub.find(sys.argv[1])))"
+)
 
 
 class Hub(ThreadingHTTPServer):

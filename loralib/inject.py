@@ -6,9 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer
+from .conv import Conv1d, Conv2d, Conv3d
+from .layers import Embedding, Linear, LoRALayer
 
-CONVOLUTIONS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
+CONVOLUTIONS: dict[type[nn.Module], type[LoRALayer]] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+}
 CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
 EMBEDDING_SETTINGS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
@@ -34,22 +39,22 @@ def inject(model: nn.Module, targets: Sequence[str], **settings: Any) -> nn.Modu
         if not found:
             raise ValueError(f"target {target!r} names no module of the {type(model).__name__}")
         chosen |= found
-    adapted = {m: _adapted(name, m, settings) for name, m in chosen.items()}
+    adapted = {module: _adapted(name, module, settings) for name, module in chosen.items()}
     for name, module in chosen.items():
-        module.weight.requires_grad_(False)
+        adapted[module].base_weight.requires_grad_(False)
         model.set_submodule(name, adapted[module])
     return model
 
 
-def eject(model: nn.Module) -> nn.Module:
+def remove_adapters(model: nn.Module) -> nn.Module:
     """Put the layers that `inject` replaced back, with the parameters that they have now; the
     adapters are lost. Returns the model."""
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, LoRALayer) and hasattr(layer, "original"):
-            module = layer.original
+        if isinstance(layer, LoRALayer) and layer.replaced is not None:
+            module, required_grad = layer.replaced
             for own in module._parameters:
                 module._parameters[own] = layer._parameters[own]
-            module.weight.requires_grad_(layer.required_grad)
+            module.get_parameter("weight").requires_grad_(required_grad)
             model.set_submodule(name, module.train(layer.training))
     return model
 
@@ -59,29 +64,29 @@ def _adapted(name: str, module: nn.Module, settings: dict[str, Any]) -> LoRALaye
     layer = _empty_like(name, module, settings)
     if not layer.adapted:
         raise ValueError(f"{name} needs a rank r above 0, got {layer.r}")
-    weight = module.weight
-    layer.required_grad = weight.requires_grad
-    layer.weight = weight
-    if getattr(module, "bias", None) is not None:
-        layer.bias = module.bias
-    for own, tensor in list(layer._parameters.items()):
+    weight = module.get_parameter("weight")
+    for own, parameter in module.named_parameters(recurse=False):
+        setattr(layer, own, parameter)
+    for own, parameter in list(layer.named_parameters(recurse=False)):
         if own.startswith("lora_"):
-            filled = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
-            setattr(layer, own, nn.Parameter(filled, requires_grad=tensor.requires_grad))
+            filled = torch.zeros(parameter.shape, dtype=weight.dtype, device=weight.device)
+            setattr(layer, own, nn.Parameter(filled, requires_grad=parameter.requires_grad))
     layer._reset_adapter()
     layer.start_from_base()
-    object.__setattr__(layer, "original", module)  # not a child: its parameters are the layer's
+    layer.replaced = module, weight.requires_grad  # in a tuple it is no child of the layer
     return layer.train(module.training)
 
 
-def _empty_like(name: str, module: nn.Module, settings: dict[str, Any]) -> LoRALayer:
+def _empty_like(name: str, module: Any, settings: dict[str, Any]) -> LoRALayer:
+    """A layer of the module's shape on the meta device; the module may be of any class."""
     kind = type(module)
-    settings = settings | {"device": "meta"}
     bias = getattr(module, "bias", None) is not None
+    settings = settings | {"device": "meta"}
     if kind is nn.Linear:
         return Linear(module.in_features, module.out_features, bias=bias, **settings)
     if kind.__name__ == "Conv1D" and module.weight.dim() == 2:  # transformers' (in, out) linear
-        return Linear(*module.weight.shape, fan_in_fan_out=True, **settings)
+        inputs, outputs = module.weight.shape
+        return Linear(inputs, outputs, fan_in_fan_out=True, **settings)
     if kind is nn.Embedding:
         same = {key: getattr(module, key) for key in EMBEDDING_SETTINGS}
         return Embedding(module.num_embeddings, module.embedding_dim, **same, **settings)

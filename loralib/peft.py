@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .kinds import rows_by_part
 from .layers import Embedding, Linear, LoRALayer
 from .utils import lora_state_dict
 
@@ -50,7 +51,7 @@ def to_peft(model: nn.Module, bias: str = "none") -> tuple[dict[str, Any], dict[
         raise ValueError("the model has no adapter")
     pairs = {name: whole_pair(layer) for name, layer in layers.items()}
     config = _config(model, layers, pairs) | {"bias": bias}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         if isinstance(layers[name], Embedding):
             own = {"lora_embedding_A": pair.a, "lora_embedding_B": pair.b}
@@ -74,18 +75,16 @@ def whole_pair(layer: LoRALayer) -> Pair:
         return Pair(layer.lora_A, layer.lora_B, layer.scaling)
     if not isinstance(layer, Linear):
         raise ValueError(f"PEFT's form of a {type(layer).__name__} adapter is another one")
-    pairs = [(layer.lora_A, layer.lora_B)]
-    if layer.kind == "pissa":
-        pairs.append((layer.lora_A0, -layer.lora_B0))
-    blocks = [list(layer._enabled(a, b, 0)) for a, b in pairs]
-    blocks = [block for part in zip(*blocks, strict=True) for block in part]  # part by part
-    whole = layer.lora_B.new_zeros(layer.out_features, layer.r * len(blocks))
-    for j, (i, _, b) in enumerate(blocks):
-        whole[i * layer.part : (i + 1) * layer.part, j * layer.r : (j + 1) * layer.r] = b
+    blocks = list(layer.factors())
+    columns = [b.size(1) for _, _, b in blocks]
+    whole = layer.lora_B.new_zeros(layer.out_features, sum(columns))
+    for (i, _, b), own in zip(blocks, whole.split(columns, dim=1), strict=True):
+        own[i * layer.part : (i + 1) * layer.part] = b
     magnitude = None
     if layer.kind == "dora":
-        lengths = [rows.norm(dim=1) for rows in layer._rows(layer.base_weight)]
-        for (i, _, _), length in zip(blocks, layer.lora_magnitude.split(layer.part), strict=True):
+        lengths = [rows.norm(dim=1) for rows in rows_by_part(layer, layer.base_weight)]
+        _, _, trained = layer.adapter_tensors()
+        for (i, _, _), length in zip(blocks, trained.split(layer.part), strict=True):
             lengths[i] = length
         magnitude = torch.cat(lengths)
     return Pair(torch.cat([a for _, a, _ in blocks]), whole, layer.scaling, magnitude)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Tiny
 from test_checkpoint import decode_arguments
+from test_loralib import unmerged_output
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,11 +183,11 @@ def test_a_bf16_base_with_an_fp32_adapter_runs_and_merges(kind: str) -> None:
         if "lora_" in name:
             tensor.data = tensor.data.float()
     randomize(layer)
-    thin = layer(X.bfloat16())
+    unmerged = layer(X.bfloat16())
     with torch.no_grad():
         merged = layer.eval()(X.bfloat16())
-    assert thin.dtype == merged.dtype == torch.bfloat16
-    assert (thin - merged).abs().max() < 0.05 * thin.abs().max()
+    assert unmerged.dtype == merged.dtype == torch.bfloat16
+    assert (unmerged - merged).abs().max() < 0.05 * unmerged.abs().max()
 
 
 class LargeTensors(TorchDispatchMode):
@@ -215,6 +216,39 @@ def test_no_kind_makes_a_tensor_of_the_weights_size_in_training(kind: str) -> No
     with LargeTensors(64 * 192 // 3) as watch:
         layer.merge()
     assert watch.found
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+@pytest.mark.parametrize("enabled", PATTERNS, ids=str)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_update_norm_is_that_of_the_difference_of_the_dense_weights(
+    kind: str, enabled: list[bool], rslora: bool
+) -> None:
+    for fan_in_fan_out in (False, True):
+        layer = merged_linear(kind, enabled, fan_in_fan_out, use_rslora=rslora).double()
+        layer.start_from_base()
+        assert layer.update_norm() == pytest.approx(0, abs=1e-6)
+        randomize(layer)
+        expected = torch.linalg.norm(layer.merged_weight() - layer.base_weight)
+        assert layer.update_norm() == pytest.approx(float(expected), rel=1e-9)
+        assert layer.float().update_norm() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_update_norm_of_embeddings_and_convolutions_is_that_of_the_dense_difference() -> None:
+    for layer in (lora.Embedding(9, 6, 2, 8), lora.Conv2d(4, 6, (2, 3), 1, 8, groups=2)):
+        randomize(layer.double())
+        expected = torch.linalg.norm(layer.merged_weight() - layer.base_weight)
+        assert layer.update_norm() == pytest.approx(float(expected), rel=1e-9)
+    assert lora.Linear(4, 4).update_norm() == 0
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+def test_the_update_norm_makes_no_tensor_of_the_weights_size(kind: str) -> None:
+    layer = lora.MergedLinear(64, 192, 2, enable_lora=[True, False, True], kind=kind)
+    layer.start_from_base()
+    with LargeTensors(64 * 192 // 3) as watch:
+        layer.update_norm()
+    assert watch.found == []
 
 
 def test_lora_fa_trains_b_alone_and_saves_both() -> None:
@@ -421,6 +455,7 @@ def test_the_header_says_kind_targets_and_settings(tiny: Tiny) -> None:
     assert header.settings["lora_plus_ratio"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:state_dict of a merged layer")
 @pytest.mark.parametrize("kind", lora.KINDS)
 @torch.no_grad()
 def test_a_merged_layer_of_any_kind_keeps_its_base_and_follows_every_change(kind: str) -> None:
@@ -436,8 +471,7 @@ def test_a_merged_layer_of_any_kind_keeps_its_base_and_follows_every_change(kind
         getattr(layer, name).mul_(1.5)
         after = layer(X)
         assert (after - before).abs().max() > 1e-3
-        thin = layer.thin(X)
-        assert (after - thin).abs().max() < 1e-5, name
+        assert (after - unmerged_output(layer, X)).abs().max() < 1e-5, name
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.merged and torch.equal(twin(X), layer(X))
         assert torch.equal(twin.train().weight, base)

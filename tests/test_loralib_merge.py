@@ -3,16 +3,28 @@
 import copy
 import io
 import pickle
+import warnings
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from test_loralib import LAYERS, build, each_layer, input_of, randomize, trained
+from test_loralib import (
+    LAYERS,
+    build,
+    each_layer,
+    input_of,
+    randomize,
+    trained,
+    unmerged_output,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
+
+# These tests look at what state_dict() of a merged layer holds, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:state_dict of a merged layer")
 
 each_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -99,7 +111,7 @@ def test_train_and_eval_return_the_layer(name):
 
 
 @each_layer
-def test_merge_weights_false_keeps_eval_thin_and_manual_merge_ends_in_train(name):
+def test_merge_weights_false_keeps_eval_unmerged_and_manual_merge_ends_in_train(name):
     layer = trained(name, merge_weights=False).eval()
     assert not layer.merged
     layer.merge()
@@ -228,7 +240,7 @@ def test_copies_and_pickles_hold_the_same_layer(name, merged, p):
     stale = randomize(layer.eval())
     expected = copy.deepcopy(stale)
     with torch.no_grad():
-        torch.testing.assert_close(expected(input_of(name)), stale.thin(input_of(name)))
+        torch.testing.assert_close(expected(input_of(name)), unmerged_output(stale, input_of(name)))
 
 
 def test_base_shared_with_another_module_is_never_written():
@@ -246,7 +258,7 @@ def test_base_replaced_while_merged_is_taken_up():
     layer = trained("linear").eval()
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
     torch.testing.assert_close(
-        no_grad_output(layer, "linear"), layer.thin(input_of("linear")).detach()
+        no_grad_output(layer, "linear"), unmerged_output(layer, input_of("linear"))
     )
     assert not layer.train().weight.any()
 
@@ -273,7 +285,9 @@ def test_layer_built_on_the_meta_device_loads_and_merges():
 def test_layer_built_under_inference_mode_works_merged():
     with torch.inference_mode():
         layer = trained("linear").eval()
-        torch.testing.assert_close(layer(input_of("linear")), layer.thin(input_of("linear")))
+        torch.testing.assert_close(
+            layer(input_of("linear")), unmerged_output(layer, input_of("linear"))
+        )
 
 
 # --- edits and training while merged -------------------------------------------------------------
@@ -330,7 +344,7 @@ def test_functional_call_on_a_merged_layer_uses_the_given_tensors():
     with torch.no_grad():
         given = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
         torch.testing.assert_close(given, other(x))
-        torch.testing.assert_close(layer(x), layer.thin(x))
+        torch.testing.assert_close(layer(x), unmerged_output(layer, x))
 
 
 def test_compiled_layer_follows_an_edit_while_merged():
@@ -344,3 +358,52 @@ def test_compiled_layer_follows_an_edit_while_merged():
         randomize(layer)
         torch.testing.assert_close(compiled(x), layer(x))
     assert isinstance(lora.lora_state_dict(compiled), dict)
+
+
+# --- weights to deploy ---------------------------------------------------------------------------
+
+
+@each_layer
+@pytest.mark.parametrize("merged", [False, True])
+def test_merged_state_dict_makes_the_plain_layer_compute_what_the_adapted_one_does(name, merged):
+    model = nn.Sequential(trained(name)).train(not merged)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = lora.merged_state_dict(model)
+    _, sizes, options, plain_class, _ = LAYERS[name]
+    own = {"enable_lora", "fan_in_fan_out"}
+    plain = nn.Sequential(plain_class(*sizes, **{k: v for k, v in options.items() if k not in own}))
+    if options.get("fan_in_fan_out"):
+        state["0.weight"] = state["0.weight"].T
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(input_of(name)), model(input_of(name)), atol=1e-5, rtol=1e-5)
+    assert model[0].merged is merged
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_merged_state_dict_is_that_of_pypi_in_eval_mode_and_has_the_bare_models_names():
+    inner = nn.ModuleDict({"a": trained("merged_linear"), "b": nn.BatchNorm1d(3)})
+    inner["c"] = inner["a"]  # one layer under two names
+    state = lora.merged_state_dict(torch.compile(inner, backend="eager"))
+    assert list(state) == [key for key in inner.state_dict() if "lora_" not in key]
+    merged = inner["a"].weight.double() + update_of("merged_linear", inner["a"])
+    for key in ("a.weight", "c.weight"):
+        torch.testing.assert_close(state[key].double(), merged)
+    assert state["b.running_mean"].data_ptr() == inner["b"].running_mean.data_ptr()
+
+
+def test_state_dict_of_a_merged_layer_warns_and_names_what_to_call():
+    model = nn.Sequential(trained("linear"), trained("embedding"))
+    with warnings.catch_warnings(action="error"):
+        model.state_dict()
+        model.eval()
+        lora.merged_state_dict(model)
+        lora.lora_state_dict(model)
+        copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"loralib\.merged_state_dict") as caught:
+        model.state_dict()
+    assert {warning.message.args for warning in caught} == {caught[0].message.args}
+    with warnings.catch_warnings(record=True) as shown:  # by Python's own rule, once a process
+        warnings.simplefilter("default")
+        for _ in range(3):
+            model.state_dict()
+    assert len(shown) == 1

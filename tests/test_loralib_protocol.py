@@ -15,6 +15,9 @@ from torch import nn
 
 import loralib as lora
 
+# These tests look at what state_dict() of a merged layer holds, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:state_dict of a merged layer")
+
 ADAPTER = {"lora_A", "lora_B"}
 
 

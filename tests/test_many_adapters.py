@@ -60,7 +60,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:r=2 is above")
-def test_injected_layers_share_the_weights_and_eject_gives_the_first_model_back() -> None:
+def test_injected_layers_share_the_weights_and_remove_adapters_gives_the_first_model_back() -> None:
     torch.manual_seed(0)
     model = ConvNet()
     model.conv1.weight.requires_grad = False
@@ -85,7 +85,7 @@ def test_injected_layers_share_the_weights_and_eject_gives_the_first_model_back(
     randomize(model)
     changed = pickle.loads(pickle.dumps(model.eval()))
     assert (changed(TOKENS) - model(TOKENS)).abs().max() < 1e-5
-    assert lora.eject(model) is model
+    assert lora.remove_adapters(model) is model
     assert list(dict(model.named_modules())) == list(modules)
     assert all(module is modules[name] for name, module in model.named_modules())
     assert all(tensor is before[name] for name, tensor in model.named_parameters())
@@ -110,7 +110,7 @@ def test_a_transformers_gpt2_takes_every_kind(kind: str) -> None:
         assert difference < 1e-5 if kind == "pissa" else difference == 0
         randomize(gpt)
         assert (gpt(IDS).logits - expected).abs().max() > 1e-3
-        assert torch.equal(lora.eject(gpt)(IDS).logits, expected)
+        assert torch.equal(lora.remove_adapters(gpt)(IDS).logits, expected)
     assert not any("lora" in name for name in gpt.state_dict())
 
 
@@ -212,14 +212,14 @@ def test_merged_adapters_are_the_weighted_sum_of_their_updates(
     r = sum(rank for rank, _, _ in adapters)
     with torch.no_grad():
         expected = sum(
-            w * layer.delta(layer.lora_A, layer.lora_B)
+            w * layer.delta_weight(layer.lora_A, layer.lora_B)
             for w, layer in zip(weights, layers, strict=True)
         )
         merged = lora.merge_adapters(states, [layer.scaling for layer in layers], weights)
         one = lora.MergedLinear(6, 18, 1, enable_lora=enabled)
         one.r, one.scaling = r, 1.0
         assert merged["lora_A"].shape == (r * sum(enabled), 6)
-        assert (one.delta(merged["lora_A"], merged["lora_B"]) - expected).abs().max() < 1e-4
+        assert (one.delta_weight(merged["lora_A"], merged["lora_B"]) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -44,7 +44,7 @@ def show_validation(run: Run) -> None:
 def update_norms(model: nn.Module) -> dict[str, float]:
     """Frobenius norm of what each adapted layer adds to its W0, by the layer's name."""
     return {
-        name.removeprefix("transformer."): float(torch.linalg.norm(layer.update()))
+        name.removeprefix("transformer."): layer.update_norm()
         for name, layer in model.named_modules()
         if isinstance(layer, lora.LoRALayer) and layer.adapted
     }

@@ -209,7 +209,7 @@ def _flat(header: dict) -> dict:
 
 def restore(run: Run, state: dict) -> None:
     """Put a run back to where `save` left it, under the settings of its own arguments."""
-    _check_form(state["header"]["settings"], run.header["settings"])
+    _check_form(state["header"]["settings"], run.header.settings or {})
     for name, own in PROGRESS.items():
         setattr(run, own, state["progress"][name])
     run.last_save = run.step, run.validated_step

@@ -305,8 +305,16 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
     best: list[list[Hypothesis]] = [[]] * len(tasks)
     searches, seconds = 0, 0.0
     for task in dict.fromkeys(tasks):
-        args.adapter = args.adapters[task]
-        model, header = checkpoints.load_for_decoding(args, base)
+        model, header = checkpoints.load(
+            base,
+            args.adapters[task],
+            args.device,
+            allow_other_base=args.allow_other_base,
+            lora_alpha=args.lora_alpha,
+            lora_dim=args.lora_dim,
+            model_card=args.model_card,
+        )
+        checkpoints.merge(model)
         if tokenizer is not None:
             check_vocabulary(args, tokenizer, model, header)
         settings = search_settings(args, runtime, tokenizer, model.config.vocab_size)

@@ -3,9 +3,8 @@
 from checkpoints.adapter import (
     PEFT_FILES,
     apply_trained,
+    load,
     load_adapters,
-    load_for_decoding,
-    load_with_adapter,
     merge,
     newest_adapter,
     parse_targets,
@@ -13,6 +12,7 @@ from checkpoints.adapter import (
     save_adapter,
 )
 from checkpoints.base import (
+    BaseWeights,
     base_fingerprint,
     card_of,
     load_base,
@@ -23,8 +23,8 @@ from checkpoints.base import (
 )
 from checkpoints.header import FORMAT_VERSION, AdapterHeader, Base, Vocabulary
 
-__all__ = ["FORMAT_VERSION", "PEFT_FILES", "AdapterHeader", "Base", "Vocabulary"]
-__all__ += ["apply_trained", "base_fingerprint", "card_of", "load_adapters", "load_base"]
-__all__ += ["load_for_decoding", "load_weights", "load_with_adapter", "merge", "model_config"]
+__all__ = ["FORMAT_VERSION", "PEFT_FILES", "AdapterHeader", "Base", "BaseWeights", "Vocabulary"]
+__all__ += ["apply_trained", "base_fingerprint", "card_of", "load", "load_adapters"]
+__all__ += ["load_base", "load_weights", "merge", "model_config"]
 __all__ += ["newest_adapter", "parse_targets", "read_adapter", "read_base", "read_tensors"]
 __all__ += ["save_adapter"]

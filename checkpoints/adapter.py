@@ -4,7 +4,6 @@ An adapter file is `.safetensors` with exactly the trained tensors, and one meta
 `adapter`: JSON that says what they are and which base they belong to. Nothing is unpickled.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from checkpoints import peft as peft_adapter
 from checkpoints.base import (
-    base_fingerprint,
+    BaseWeights,
     canonical_names,
     card_of,
     fingerprint,
@@ -111,48 +110,85 @@ def newest_adapter(work_dir: str | Path) -> Path:
     return files[max(files)]
 
 
-def load_for_decoding(
-    args: argparse.Namespace, base: Mapping[str, Tensor] | None = None
+def load(
+    base: str | Path | BaseWeights,
+    adapter: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    allow_other_base: bool = False,
+    lora_alpha: float | None = None,
+    lora_dim: int | None = None,
+    model_card: str | None = None,
 ) -> tuple[GPT2LMModel, AdapterHeader | None]:
-    """As `load_with_adapter`, merged, in eval mode."""
-    model, header = load_with_adapter(args, base)
-    return merge(model), header
+    """GPT-2 with an adapter, in eval mode and fp32, and the adapter's header.
 
-
-def load_with_adapter(
-    args: argparse.Namespace, base: Mapping[str, Tensor] | None = None
-) -> tuple[GPT2LMModel, AdapterHeader | None]:
-    """The model that `--init_checkpoint` and `--adapter` describe, on the CPU, and the
-    adapter's header (None without one); `base`, if given, is what the former holds.
-
-    An adapter's own header rules. Where there is none (the original's files), the rank is read off
-    the tensors and `--lora_alpha` is needed.
+    Args:
+        base: a file, a model folder, a published name, or what `read_base` made of one.
+        adapter: an adapter file, a run's work_dir, or a folder that PEFT wrote; None for the base
+            alone, which has no header.
+        allow_other_base: accept another base than the one that the adapter was trained on.
+        lora_alpha: needed where there is no header, as in the original's files, and compared with
+            the header where there is one; likewise `lora_dim` and `model_card`, both optional.
 
     Raises:
-        InputError: the base is missing or is another than the adapter was trained on, a flag
+        InputError: a file cannot be read, base and adapter do not belong together, a setting
             contradicts the header, or a tensor does not fit.
     """
-    if not args.init_checkpoint:
-        raise InputError("--init_checkpoint is missing: an adapter means nothing without its base")
-    base = read_base(args.init_checkpoint) if base is None else base
-    header, tensors = read_adapter(args.adapter) if args.adapter else (None, {})
+    base = base if isinstance(base, BaseWeights) else read_base(base)
+    header, tensors = read_adapter(adapter) if adapter else (None, {})
+    given = {"lora_dim": lora_dim, "lora_alpha": lora_alpha, "model_card": model_card}
+    model = assemble(base, header, tensors, str(adapter), allow_other_base, **given)
+    return model.to(device), header
+
+
+def assemble(
+    base: BaseWeights,
+    header: AdapterHeader | None,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    allow_other_base: bool = False,
+    *,
+    lora_dim: int | None = None,
+    lora_alpha: float | None = None,
+    model_card: str | None = None,
+) -> GPT2LMModel:
+    """As `load`, of what has been read already, on the CPU; `source` is the adapter's path."""
     if header is None:
-        settings = _settings_from_tensors({**base, **tensors}, args)
+        settings = _settings_from_tensors({**base.tensors, **tensors}, lora_dim, lora_alpha)
     else:
-        settings = _settings_from_header(header, args)
+        settings = _settings_from_header(header, lora_dim, lora_alpha, model_card)
         known = header.base.fingerprint
-        if known not in (None, base_fingerprint(base)) and not args.allow_other_base:
+        if not allow_other_base and known not in (None, base.fingerprint):
             raise InputError(
-                f"--init_checkpoint {args.init_checkpoint} is not the base that the adapter was "
-                f"trained on ({header.base.name}); give that one, or --allow_other_base"
+                f"--init_checkpoint {base.source} is not the base that the adapter was trained on "
+                f"({header.base.name}); give that one, or --allow_other_base"
             )
-    card = (header and header.model_card) or args.model_card or card_of(base)
+    card = (header and header.model_card) or model_card or card_of(base.tensors)
     model = GPT2LMModel(model_config(card, base, lora=settings))
-    load_base(model, base, args.init_checkpoint)
+    load_base(model, base)
     if header is not None and header.model_card is None:
         tensors = peft_adapter.fill_blocks(tensors, model)
-    apply_trained(model, tensors, args.adapter)
-    return model, header
+    apply_trained(model, tensors, source)
+    return model.eval()
+
+
+def load_adapters(
+    base: str | Path | BaseWeights,
+    adapters: Mapping[str, str | Path],
+    device: str | torch.device = "cpu",
+) -> tuple[GPT2LMModel, dict[str, GPT2LMModel]]:
+    """The base, and by name a model for each adapter, all on one copy of the base's weights: to
+    call any of them is to switch adapters, to call the base is to use none."""
+    base = base if isinstance(base, BaseWeights) else read_base(base)
+    plain, _ = load(base, device=device)
+    shared = dict(plain.named_parameters())
+    models = {}
+    for name, path in adapters.items():
+        models[name], _ = load(base, path, device)
+        for key, parameter in models[name].named_parameters():
+            if key in shared and torch.equal(parameter, shared[key]):
+                parameter.data = shared[key].data
+    return plain, models
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -166,58 +202,42 @@ def parse_targets(text: str) -> tuple[str, ...]:
     return tuple(target for target in LORA_TARGETS if target in names)
 
 
-def load_adapters(
-    args: argparse.Namespace, files: Mapping[str, str | Path]
-) -> tuple[GPT2LMModel, dict[str, GPT2LMModel]]:
-    """The base of `--init_checkpoint`, and by name a model for each adapter file, all on one copy
-    of the base's weights: to call any of them is to switch adapters, to call the base is none."""
-    state = read_base(args.init_checkpoint)
-    without = argparse.Namespace(**vars(args) | {"adapter": None})
-    base = load_with_adapter(without, state)[0].eval()
-    models = {}
-    for name, path in files.items():
-        own = argparse.Namespace(**vars(args) | {"adapter": path})
-        models[name] = load_with_adapter(own, state)[0].eval()
-        theirs = dict(base.named_parameters())
-        for key, parameter in models[name].named_parameters():
-            if key in theirs and torch.equal(parameter, theirs[key]):
-                parameter.data = theirs[key].data
-    return base, models
-
-
-def _settings_from_header(header: AdapterHeader, args: argparse.Namespace) -> LoraConfig | None:
-    trained = {
-        "lora_dim": header.lora.r if header.lora else 0,
-        "lora_alpha": header.lora and header.lora.alpha,
-        "model_card": header.model_card,
-    }
-    for flag, value in trained.items():
-        given = getattr(args, flag)
-        if None not in (given, value) and given != value:
+def _settings_from_header(
+    header: AdapterHeader, lora_dim: int | None, lora_alpha: float | None, model_card: str | None
+) -> LoraConfig | None:
+    """The header's settings, without dropout; what is given beside it must agree."""
+    r, alpha = (header.lora.r, header.lora.alpha) if header.lora else (0, None)
+    for flag, given, trained in (
+        ("lora_dim", lora_dim, r),
+        ("lora_alpha", lora_alpha, alpha),
+        ("model_card", model_card, header.model_card),
+    ):
+        if None not in (given, trained) and given != trained:
             raise InputError(
-                f"--{flag} {given} contradicts the adapter, which was trained with {value}; leave "
-                "the flag out"
+                f"--{flag} {given} contradicts the adapter, which was trained with {trained}; "
+                "leave the flag out"
             )
     return header.lora and replace(header.lora, dropout=0.0)
 
 
 def _settings_from_tensors(
-    state: Mapping[str, Tensor], args: argparse.Namespace
+    state: Mapping[str, Tensor], lora_dim: int | None, lora_alpha: float | None
 ) -> LoraConfig | None:
+    """The settings of an adapter of the original code, which are read off its tensors."""
     pairs = {name: t for name, t in state.items() if name.endswith("c_attn.lora_B")}
     if not pairs:
         return None
-    if args.lora_alpha is None:
+    if lora_alpha is None:
         raise InputError("these files do not say which alpha the adapter has; give --lora_alpha")
     name, b = next(iter(pairs.items()))
     rank, rows = b.size(-1), len(state.get(name.removesuffix("B") + "A", ()))
     targets = {1: ("c_attn",), 2: ("q", "v"), 3: ("q", "k", "v")}.get(rows // rank)
     if targets is None:
         raise InputError(f"tensor {name} of shape {list(b.shape)} does not go with its lora_A")
-    if args.lora_dim not in (None, rank):
-        raise InputError(f"--lora_dim {args.lora_dim} contradicts the adapter's rank {rank}")
+    if lora_dim not in (None, rank):
+        raise InputError(f"--lora_dim {lora_dim} contradicts the adapter's rank {rank}")
     try:
-        return LoraConfig(rank, args.lora_alpha, targets=targets)
+        return LoraConfig(rank, lora_alpha, targets=targets)
     except ValueError as error:
         raise InputError(f"--lora_alpha: {error}") from error
 
@@ -243,7 +263,7 @@ def apply_trained(model: GPT2LMModel, tensors: Mapping[str, Tensor], path: str |
 
 
 def merge(model: GPT2LMModel) -> GPT2LMModel:
-    """The model in eval mode with every adapter folded into its layer's weight."""
+    """Put the model in eval mode with every adapter merged into its layer; returns the model."""
     for module in model.modules():
         if hasattr(module, "merge_weights"):
             module.merge_weights = True

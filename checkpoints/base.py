@@ -7,7 +7,10 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -148,21 +151,68 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def model_config(card: str, state: Mapping[str, Tensor] | None, **settings) -> GPT2Config:
-    """The shape that `--model_card` names, with vocabulary and positions of the base `state`.
+@dataclass(frozen=True)
+class BaseWeights:
+    """A base checkpoint as it was read: canonical names, and the file or name that it came from."""
+
+    source: str
+    tensors: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return Path(self.source).name
+
+    @property
+    def vocab_size(self) -> int:
+        return self._rows("wte")
+
+    @property
+    def n_positions(self) -> int:
+        return self._rows("wpe")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`base_fingerprint` of the tensors, computed once."""
+        return base_fingerprint(self.tensors)
+
+    def _rows(self, table: str) -> int:
+        name = f"transformer.{table}.weight"
+        tensor = self.tensors.get(name)
+        if tensor is None or tensor.dim() != 2:
+            fault = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+            raise InputError(
+                f"--init_checkpoint {self.source}: tensor {name} {fault}; it must be a table with "
+                "a row for each entry"
+            )
+        return tensor.size(0)
+
+
+def read_base(path: str | Path) -> BaseWeights:
+    """Read a base checkpoint: a file, a model folder, or a published name."""
+    try:
+        state = canonical_names(read_tensors(path))
+    except InputError as error:
+        raise InputError(f"--init_checkpoint {path}: {error}") from error
+    if state and all("lora_" in name for name in state):
+        raise InputError(
+            f"--init_checkpoint {path} holds an adapter without its base; give the base by "
+            "--init_checkpoint and this file by --adapter"
+        )
+    return BaseWeights(str(path), state)
+
+
+def model_config(card: str, base: BaseWeights | None, **settings: Any) -> GPT2Config:
+    """The shape that `--model_card` names, with vocabulary and positions of the base.
 
     Args:
-        state: canonical names, or None for random weights of the card's own sizes.
+        base: None for random weights of the card's own sizes.
         settings: fields of `GPT2Config` that rule over both.
     """
     if card not in MODEL_CARDS:
         raise InputError(f"--model_card {card} is unknown; give one of {', '.join(MODEL_CARDS)}")
-    shape = dict(MODEL_CARDS[card])
-    if state is not None:
-        for field, name in (("vocab_size", "wte"), ("n_positions", "wpe")):
-            table = state.get(f"transformer.{name}.weight")
-            if table is not None and table.dim() == 2:
-                shape[field] = table.size(0)
+    shape: dict[str, Any] = dict(MODEL_CARDS[card])
+    if base is not None:
+        shape |= {"vocab_size": base.vocab_size, "n_positions": base.n_positions}
     try:
         return GPT2Config(**shape | settings)
     except ValueError as error:
@@ -183,30 +233,16 @@ def card_of(state: Mapping[str, Tensor]) -> str:
     raise InputError(f"no model card has {depth} blocks and width {widths}; give --model_card")
 
 
-def read_base(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a base checkpoint under canonical names."""
+def load_base(model: GPT2LMModel, base: BaseWeights) -> None:
+    """Copy what `read_base` gave into a model; errors name the file."""
     try:
-        state = canonical_names(read_tensors(path))
+        load_weights(model, base.tensors)
     except InputError as error:
-        raise InputError(f"--init_checkpoint {path}: {error}") from error
-    if state and all("lora_" in name for name in state):
-        raise InputError(
-            f"--init_checkpoint {path} holds an adapter without its base; give the base by "
-            "--init_checkpoint and this file by --adapter"
-        )
-    return state
-
-
-def load_base(model: GPT2LMModel, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load what `read_base` gave; errors name the file."""
-    try:
-        load_weights(model, state)
-    except InputError as error:
-        raise InputError(f"--init_checkpoint {path}: {error}") from error
+        raise InputError(f"--init_checkpoint {base.source}: {error}") from error
 
 
 def load_weights(model: GPT2LMModel, state_dict: Mapping[str, Tensor]) -> None:
-    """Load base weights into a model, with or without an adapter, under any of the names in use.
+    """Copy base weights into a model, with or without an adapter, under any of the names in use.
 
     Takes what HF's GPT-2 files, the original's `.pt` files and `state_dict()` hold. Adapter
     tensors may be absent from the file; all else must be there, fit, and be known.
@@ -215,6 +251,13 @@ def load_weights(model: GPT2LMModel, state_dict: Mapping[str, Tensor]) -> None:
         InputError: names the first tensors that are missing, unknown or of another shape.
     """
     state = canonical_names(state_dict)
+    check_weights(model, state)
+    model.load_state_dict(state, strict=False)
+
+
+def check_weights(model: GPT2LMModel, state: Mapping[str, Tensor]) -> None:
+    """Raise InputError unless `state`, of canonical names, has every base tensor of the model, in
+    its shape, and none that the model does not know. The model may be on the meta device."""
     own = model.state_dict()
     unknown = sorted(state.keys() - own.keys())
     missing = sorted(own.keys() - state.keys())
@@ -230,7 +273,6 @@ def load_weights(model: GPT2LMModel, state_dict: Mapping[str, Tensor]) -> None:
             )
         if not tensor.is_floating_point():
             raise InputError(f"tensor {name} holds {tensor.dtype}, not floating-point weights")
-    model.load_state_dict(state, strict=False)
 
 
 def _refuse(names: list[str], problem: str) -> None:

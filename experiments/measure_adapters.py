@@ -4,7 +4,6 @@ Random adapters on the shipped nano base; the largest difference of a logit, in 
 between this repository and PEFT or transformers.
 """
 
-import argparse
 import contextlib
 import io
 import tempfile
@@ -19,6 +18,7 @@ from torch import Tensor
 import checkpoints
 import convert_adapter
 import loralib as lora
+from checkpoints.export import complete
 from model import GPT2LMModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ KINDS = {
     "LoRA, all": {"targets": ("q", "k", "v", "o", "fc", "proj")},
     "LoRA, q,v,wte": {"targets": ("q", "v", "wte")},
     "LoRA, c_attn": {"targets": ("c_attn",)},
-    "rsLoRA, q,v": {"use_rslora": True},
+    "rsLoRA, q,v": {"rslora": True},
     "DoRA, q,v": {"kind": "dora"},
     "PiSSA, q,v": {"kind": "pissa"},
     "LoRA-FA, q,v": {"kind": "lora_fa"},
@@ -51,17 +51,10 @@ def shaken(tensors: dict[str, Tensor]) -> None:
             tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
 
 
-def arguments(**given: object) -> argparse.Namespace:
-    defaults = {
-        "init_checkpoint": str(BASE), "adapter": None, "model_card": None, "lora_dim": None,
-        "lora_alpha": None, "allow_other_base": False, "device": torch.device("cpu"),
-    }  # fmt: skip
-    return argparse.Namespace(**defaults | given)
-
-
 @torch.no_grad()
 def our_logits(adapter: Path, **given: object) -> Tensor:
-    return checkpoints.load_for_decoding(arguments(adapter=str(adapter), **given))[0](IDS)[0]
+    model, _ = checkpoints.load(BASE, adapter, **given)
+    return checkpoints.merge(model)(IDS)[0]
 
 
 def hf_base(folder: Path) -> transformers.GPT2LMHeadModel:
@@ -88,11 +81,11 @@ def our_adapter(folder: Path, settings: dict) -> tuple[Path, Tensor]:
     base = checkpoints.read_base(BASE)
     config = lora.LoraConfig(r=4, alpha=32, **settings)
     model = GPT2LMModel(checkpoints.model_config("gpt2.nano", base, lora=config))
-    checkpoints.load_weights(model, base)
+    checkpoints.load_base(model, base)
     lora.start_from_base(model)
     tensors = lora.lora_state_dict(model)
     shaken(tensors)
-    header = convert_adapter.describe(arguments(), model, None, base)
+    header = complete(None, model, base, "gpt2.nano")
     path = folder / "adapter.safetensors"
     checkpoints.save_adapter(path, tensors, header)
     return path, model.eval()(IDS)[0]

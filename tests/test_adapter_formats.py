@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY_CARD, Tiny, finish, random_base, start
-from test_checkpoint import decode_arguments
+from test_checkpoint import loaded
 from torch import Tensor
 
 import checkpoints
@@ -17,6 +17,7 @@ import convert_adapter
 import gpt2_ft
 import loralib as lora
 from checkpoints import AdapterHeader, Base
+from checkpoints.export import write_tokenizer
 from common.errors import InputError
 from model import GPT2Config, GPT2LMModel
 
@@ -75,9 +76,8 @@ def convert(tiny: Tiny, source: Path, to: str, name: str, *more: object) -> Path
 
 
 def our_logits(tiny: Tiny, adapter: Path, **given: object) -> Tensor:
-    model, _ = checkpoints.load_for_decoding(decode_arguments(tiny, adapter=adapter, **given))
     with torch.no_grad():
-        return model(IDS)[0]
+        return loaded(tiny, adapter, **given)(IDS)[0]
 
 
 def peft_logits(tiny: Tiny, folder: Path) -> Tensor:
@@ -230,9 +230,8 @@ def test_transformers_loads_the_merged_export_with_equal_logits(settings: dict, 
 def test_a_merged_export_is_a_base_like_any_other(tiny: Tiny) -> None:
     adapter, expected = ours(tiny)
     folder = convert(tiny, adapter, "merged", "merged")
-    arguments = decode_arguments(tiny, init_checkpoint=folder)
     with torch.no_grad():
-        assert error(checkpoints.load_for_decoding(arguments)[0](IDS)[0], expected) < 1e-5
+        assert error(checkpoints.load(folder)[0](IDS)[0], expected) < 1e-5
 
 
 def test_the_merged_exports_tokenizer_is_the_vocabularys(tiny: Tiny) -> None:
@@ -241,7 +240,7 @@ def test_the_merged_exports_tokenizer_is_the_vocabularys(tiny: Tiny) -> None:
     from data_utils import load_tokenizer
 
     vocab = ROOT / "data" / "nano"
-    convert_adapter.write_tokenizer(str(vocab), tiny.folder, 512)
+    write_tokenizer(str(vocab), tiny.folder, 512)
     (tiny.folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     loaded = transformers.AutoTokenizer.from_pretrained(tiny.folder)
     text = "name : The Vaults | near : Café Adriatic.\n\nIt’s 5 stars <|endoftext|>"

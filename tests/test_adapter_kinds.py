@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Tiny
-from test_checkpoint import decode_arguments
 from test_loralib import unmerged_output
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -413,10 +412,10 @@ def test_every_kind_trains_stops_goes_on_to_equal_bytes_and_decodes_by_its_file_
     ids = torch.arange(9)[None]
     with torch.no_grad():
         expected = runs[0].model.eval()(ids)[0]
-        model, header = checkpoints.load_for_decoding(decode_arguments(tiny, adapter=whole))
+        model, header = checkpoints.load(tiny.base, whole)
         assert (model(ids)[0] - expected).abs().max() < 1e-5
         assert (model.pack()(ids)[0] - expected).abs().max() < 1e-5
-    plain, _ = checkpoints.load_for_decoding(decode_arguments(tiny, model_card=tiny.card))
+    plain, _ = checkpoints.load(tiny.base)
     with torch.no_grad():
         assert (plain(ids)[0] - expected).abs().max() > 1e-4
     assert header.kind == (name if name in (*lora.KINDS, "bias", "top") else "lora")

@@ -1,6 +1,5 @@
 """Adapter files, base files and training state: what is written, read and refused."""
 
-import argparse
 import json
 import os
 import pickle
@@ -31,12 +30,9 @@ def write_base(path: Path, state: dict[str, Tensor]) -> Path:
     return path
 
 
-def decode_arguments(tiny: Tiny, **given: object) -> argparse.Namespace:
-    defaults = {
-        "init_checkpoint": tiny.base, "adapter": None, "model_card": None, "lora_dim": None,
-        "lora_alpha": None, "allow_other_base": False, "device": torch.device("cpu"),
-    }  # fmt: skip
-    return argparse.Namespace(**defaults | given)
+def loaded(tiny: Tiny, adapter: Path | None = None, **given: object) -> GPT2LMModel:
+    """The tiny base with an adapter, merged."""
+    return checkpoints.merge(checkpoints.load(tiny.base, adapter, **given)[0])
 
 
 def train(tiny: Tiny, work_dir: str, *more: object) -> Path:
@@ -57,10 +53,10 @@ def test_equal_weights_have_one_fingerprint_in_every_format_name_and_width(tmp_p
         write_base(tmp_path / "c.bin", wide | {PAIR: torch.zeros(4, 16)}),
         tmp_path,
     ]  # fmt: skip
-    prints = {checkpoints.base_fingerprint(checkpoints.read_base(path)) for path in files}
+    prints = {checkpoints.read_base(path).fingerprint for path in files}
     assert len(prints) == 1
     changed = write_base(tmp_path / "d.pt", wide | {"transformer.ln_f.bias": torch.ones(16)})
-    assert checkpoints.base_fingerprint(checkpoints.read_base(changed)) not in prints
+    assert checkpoints.read_base(changed).fingerprint not in prints
 
 
 def test_a_training_run_saves_exactly_what_it_trains_under_lora_state_dicts_names(
@@ -86,7 +82,7 @@ def test_a_training_run_saves_exactly_what_it_trains_under_lora_state_dicts_name
 def test_full_fine_tuning_saves_all_weights_and_no_others(tiny: Tiny) -> None:
     folder = train(tiny, "run", "--lora_dim", 0, "--max_step", 3)
     header, tensors = checkpoints.read_adapter(folder)
-    base = checkpoints.read_base(tiny.base)
+    base = checkpoints.read_base(tiny.base).tensors
     assert header.kind == "full"
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in base.items()}
     assert all(not torch.equal(tensor, base[name]) for name, tensor in tensors.items())
@@ -135,23 +131,20 @@ def test_base_and_adapter_give_the_trained_models_logits_merged_once(
     folder = train(tiny, "run", "--max_step", 6)
     trained = runs[0].model.eval()
     ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
-    arguments = decode_arguments(tiny, adapter=folder)
     with torch.no_grad():
         expected = trained(ids)[0]
-        decoded, header = checkpoints.load_for_decoding(arguments)
-        plain, no_header = checkpoints.load_for_decoding(
-            decode_arguments(tiny, model_card="gpt2.tiny")
-        )
-        assert (decoded(ids)[0] - expected).abs().max() < 1e-5
+        model, header = checkpoints.load(tiny.base, folder)
+        plain, no_header = checkpoints.load(tiny.base)
+        assert torch.equal(model(ids)[0], expected)
+        assert (checkpoints.merge(model)(ids)[0] - expected).abs().max() < 1e-5
         assert (plain(ids)[0] - expected).abs().max() > 1e-3
     assert (header.step, no_header) == (6, None)
-    assert all(m.merged for m in decoded.modules() if hasattr(m, "lora_A"))
+    assert all(m.merged for m in model.modules() if hasattr(m, "lora_A"))
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"init_checkpoint": None}, "init_checkpoint is missing.*base"),
         ({"lora_alpha": 128}, "lora_alpha 128 contradicts.*8.0"),
         ({"lora_dim": 0}, "lora_dim 0 contradicts.*2"),
         ({"model_card": "gpt2.sm"}, "model_card gpt2.sm contradicts.*gpt2.tiny"),
@@ -162,37 +155,33 @@ def test_flags_that_contradict_the_adapter_are_refused(
 ) -> None:
     folder = train(tiny, "run", "--max_step", 3)
     with pytest.raises(InputError, match=message):
-        checkpoints.load_for_decoding(decode_arguments(tiny, adapter=folder, **given))
-    fine = decode_arguments(tiny, adapter=folder, lora_alpha=8, lora_dim=2, model_card="gpt2.tiny")
-    checkpoints.load_for_decoding(fine)
+        checkpoints.load(tiny.base, folder, **given)
+    checkpoints.load(tiny.base, folder, lora_alpha=8, lora_dim=2, model_card="gpt2.tiny")
 
 
 def test_another_base_than_the_adapters_is_refused_unless_allowed(tiny: Tiny) -> None:
     folder = train(tiny, "run", "--max_step", 3)
     other = write_base(tiny.folder / "other.safetensors", random_base(TINY_CARD, seed=9))
-    given = {"adapter": folder, "init_checkpoint": other}
     with pytest.raises(InputError, match="other.safetensors is not the base.*allow_other_base"):
-        checkpoints.load_for_decoding(decode_arguments(tiny, **given))
-    checkpoints.load_for_decoding(decode_arguments(tiny, **given, allow_other_base=True))
+        checkpoints.load(other, folder)
+    checkpoints.load(other, folder, allow_other_base=True)
 
 
 def test_the_originals_files_decode_once_alpha_is_given(tiny: Tiny) -> None:
     """Its full checkpoints hold base and adapter, others the adapter alone; none holds alpha."""
     folder = train(tiny, "run", "--max_step", 6)
     _, pairs = checkpoints.read_adapter(folder)
-    base = checkpoints.read_base(tiny.base)
+    base = checkpoints.read_base(tiny.base).tensors
     whole = write_base(tiny.folder / "full.pt", {"model_state_dict": {**base, **pairs}})
     alone = write_base(tiny.folder / "adapter.pt", {"model_state_dict": pairs})
     ids = torch.arange(9)[None]
-    expected = checkpoints.load_for_decoding(decode_arguments(tiny, adapter=folder))[0](ids)[0]
-    for given in ({"init_checkpoint": whole}, {"adapter": alone}):
+    expected = checkpoints.load(tiny.base, folder)[0](ids)[0]
+    for given in ((whole, None), (tiny.base, alone)):
         with pytest.raises(InputError, match="--lora_alpha"):
-            checkpoints.load_for_decoding(decode_arguments(tiny, model_card="gpt2.tiny", **given))
-        arguments = decode_arguments(tiny, model_card="gpt2.tiny", lora_alpha=8, **given)
-        assert torch.allclose(checkpoints.load_for_decoding(arguments)[0](ids)[0], expected)
-        arguments.lora_dim = 7
+            checkpoints.load(*given)
+        assert torch.equal(checkpoints.load(*given, lora_alpha=8)[0](ids)[0], expected)
         with pytest.raises(InputError, match="lora_dim 7 contradicts.*rank 2"):
-            checkpoints.load_for_decoding(arguments)
+            checkpoints.load(*given, lora_alpha=8, lora_dim=7)
 
 
 def test_an_adapter_given_as_base_is_explained(tiny: Tiny) -> None:
@@ -212,7 +201,7 @@ def test_adapter_tensors_that_do_not_fit_are_named(tiny: Tiny) -> None:
         path = folder / "spoilt.safetensors"
         checkpoints.save_adapter(path, spoilt, header)
         with pytest.raises(InputError, match=message):
-            checkpoints.load_for_decoding(decode_arguments(tiny, adapter=path))
+            checkpoints.load(tiny.base, path)
 
 
 def test_the_newest_adapter_of_a_folder_is_that_of_the_highest_step(tmp_path: Path) -> None:

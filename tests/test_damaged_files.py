@@ -35,7 +35,7 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 def load_base(path: Path) -> None:
     model = GPT2LMModel(GPT2Config(VOCABULARY, 32, **TINY_CARD))
-    checkpoints.load_base(model, checkpoints.read_base(path), path)
+    checkpoints.load_base(model, checkpoints.read_base(path))
 
 
 READERS = {

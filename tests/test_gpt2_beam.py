@@ -116,7 +116,7 @@ def test_the_adapter_takes_its_settings_from_its_header_and_scores_are_its_own(
     shape = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "lora_attn_alpha": 8}
     card = gpt2_beam.MODEL_CARDS[tiny.card]
     model = GPT2LMModel(GPT2Config(**card | shape, lora_attn_dim=2)).eval()
-    checkpoints.load_weights(model, read_base(tiny.base) | tensors)
+    checkpoints.load_weights(model, read_base(tiny.base).tensors | tensors)
     for p in predictions:
         text = torch.tensor([p["context"] + p["prediction"]])
         with torch.no_grad():
@@ -248,7 +248,7 @@ def test_a_vocabulary_without_known_end_and_broken_rows_are_refused(tiny: Tiny) 
 
 
 def test_damaged_weights_are_reported_as_such(tiny: Tiny) -> None:
-    state = {name: tensor * float("nan") for name, tensor in read_base(tiny.base).items()}
+    state = {name: tensor * float("nan") for name, tensor in read_base(tiny.base).tensors.items()}
     torch.save(state, tiny.folder / "damaged.pt")
     with pytest.raises(InputError, match="NaN"):
         decode(tiny, "--init_checkpoint", tiny.folder / "damaged.pt")

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from conftest import TINY_CARD, Tiny, finish, random_base, random_rows, start, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint import decode_arguments
 from torch import nn
 
 import checkpoints
@@ -282,14 +281,14 @@ def two_runs(tiny: Tiny) -> dict[str, Path]:
 def test_several_adapters_are_loaded_on_one_copy_of_the_base(
     tiny: Tiny, two_runs: dict[str, Path]
 ) -> None:
-    base, models = checkpoints.load_adapters(decode_arguments(tiny), two_runs)
+    base, models = checkpoints.load_adapters(tiny.base, two_runs)
     wanted = dict(base.named_parameters())
     for name, model in models.items():
-        alone = checkpoints.load_with_adapter(decode_arguments(tiny, adapter=two_runs[name]))[0]
-        assert torch.equal(model(IDS)[0], alone.eval()(IDS)[0])
+        alone, _ = checkpoints.load(tiny.base, two_runs[name])
+        assert torch.equal(model(IDS)[0], alone(IDS)[0])
         for key, parameter in model.named_parameters():
             assert "lora_" in key or parameter.data_ptr() == wanted[key].data_ptr()
-    untouched = checkpoints.load_with_adapter(decode_arguments(tiny))[0].eval()
+    untouched, _ = checkpoints.load(tiny.base)
     assert torch.equal(base(IDS)[0], untouched(IDS)[0])
 
 

@@ -82,7 +82,7 @@ def trained() -> GPT2LMModel:
     lora = expected["lora"]
     shape = {"lora_attn_dim": lora["r"], "lora_attn_alpha": lora["alpha"]}
     model = GPT2LMModel(checkpoints.model_config("gpt2.nano", base, **shape))
-    checkpoints.load_base(model, base, NANO)
+    checkpoints.load_base(model, base)
     checkpoints.apply_trained(model, adapter_at("final"), "the original's adapter")
     return model.eval()
 

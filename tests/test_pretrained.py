@@ -168,8 +168,7 @@ def test_what_lies_in_pretrained_checkpoints_needs_no_network(
     base = random_base(TINY_CARD)
     safetensors.torch.save_file(base, file)
     assert weights_hub.find("gpt2-xl") == file
-    read = checkpoints.read_base("gpt2-xl")
-    assert checkpoints.base_fingerprint(read) == checkpoints.base_fingerprint(base)
+    assert checkpoints.read_base("gpt2-xl").fingerprint == checkpoints.base_fingerprint(base)
 
 
 def test_a_path_that_exists_and_a_name_that_is_not_published_stay_as_they_are(

@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 
 import checkpoints
 import gpu
 import loralib as lora
-from checkpoints import AdapterHeader, Base, Vocabulary
+from checkpoints import AdapterHeader, Base, BaseWeights, Vocabulary
 from common.errors import InputError
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer, vocabulary_fingerprint
 from gpu import Runtime
@@ -129,7 +129,7 @@ def show_plan(args: argparse.Namespace, runtime: Runtime) -> None:
 
 
 def build_model(
-    args: argparse.Namespace, base: dict[str, Tensor] | None, tokenizer: Tokenizer | None
+    args: argparse.Namespace, base: BaseWeights | None, tokenizer: Tokenizer | None
 ) -> GPT2LMModel:
     """The model with its base loaded and the right parameters trainable."""
     vocabulary = {}
@@ -148,7 +148,7 @@ def build_model(
         raise InputError(f"--lora_dim {args.lora_dim} is above the model's width {config.n_embd}")
     model = GPT2LMModel(config)
     if base is not None:
-        checkpoints.load_base(model, base, args.init_checkpoint)
+        checkpoints.load_base(model, base)
     choose_trained(args, model)
     lora.start_from_base(model)
     return model

@@ -1,0 +1,176 @@
+"""An adapter in other formats: this repository's, the original code's, PEFT's, and merged weights.
+
+What an adapter computes with its base stays the same; merged weights are summed in fp32.
+"""
+
+import io
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import loralib as lora
+from checkpoints import peft
+from checkpoints.adapter import PEFT_FILES, assemble, read_adapter, save_adapter
+from checkpoints.base import BaseWeights, card_of
+from checkpoints.header import AdapterHeader, Base
+from common.errors import InputError
+from common.files import replacing, write_json
+from data_utils import END_OF_TEXT, load_tokenizer, vocabulary_files
+from model import GPT2LMModel
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in its model: what its file holds, in the model's names and ranks, and a header
+    that says what the file did not. `vocab` is the folder of the vocabulary, if one was given."""
+
+    model: GPT2LMModel
+    header: AdapterHeader
+    tensors: dict[str, Tensor]
+    vocab: str | None = None
+
+
+def load_for_export(
+    base: BaseWeights, path: str, vocab: str | None = None, **given: Any
+) -> LoadedAdapter:
+    """Read an adapter of any format; `given` as `checkpoints.load` takes it."""
+    header, read = read_adapter(path)
+    model = assemble(base, header, read, path, **given)
+    own = dict(model.named_parameters())
+    names = {name for name in read if name in own} | lora.lora_state_dict(model).keys()
+    tensors = {name: own[name].detach() for name in sorted(names)}
+    header = complete(header, model, base, given.get("model_card"))
+    return LoadedAdapter(model, header, tensors, vocab)
+
+
+def complete(
+    header: AdapterHeader | None, model: GPT2LMModel, base: BaseWeights, model_card: str | None
+) -> AdapterHeader:
+    """The header, or one where there is none, with what the model and the base say."""
+    if header is None:
+        config = model.config.lora
+        header = AdapterHeader(config, Base(None), method="lora" if config else "full")
+    if header.model_card is None:
+        header = replace(header, model_card=model_card or card_of(base.tensors))
+    if header.base.fingerprint is None:
+        header = replace(header, base=Base(base.name, base.fingerprint))
+    return header
+
+
+def write_safetensors(adapter: LoadedAdapter, path: Path) -> None:
+    save_adapter(path, adapter.tensors, adapter.header)
+
+
+def write_pt(adapter: LoadedAdapter, path: Path) -> None:
+    """Write the original's file: adapters of q and v by name, without their alpha."""
+    config, kind = adapter.header.lora, adapter.header.kind
+    if config is None or kind not in ("lora", "lora_fa") or config.targets != ("q", "v"):
+        targets = ",".join(config.targets) if config else "no layer"
+        raise InputError(
+            f"--to pt: the original code knows LoRA on q and v only, this is {kind} on {targets}; "
+            "give --to peft or --to merged"
+        )
+    data = io.BytesIO()
+    torch.save({"model_state_dict": adapter.tensors}, data)
+    with replacing(path, "wb") as file:
+        file.write(data.getbuffer())
+    alpha = config.scaling * config.r
+    print(f"Decode it with --lora_dim {config.r} --lora_alpha {alpha:g}: the file says neither")
+
+
+def write_peft(adapter: LoadedAdapter, folder: Path) -> None:
+    """Write a folder for PEFT."""
+    if adapter.header.lora is None:
+        raise InputError(
+            f"--to peft: {adapter.header.kind} training has no adapter; give --to merged"
+        )
+    biases = any(name.endswith("bias") for name in adapter.tensors)
+    config, tensors, metadata = peft.write(adapter.model, adapter.header, biases)
+    config_name, tensors_name = PEFT_FILES
+    write_tensors(folder / tensors_name, tensors, metadata)
+    write_json(folder / config_name, config)
+
+
+def write_merged(adapter: LoadedAdapter, folder: Path) -> None:
+    """Write a folder for transformers, with the tokenizer's files where the vocabulary is given."""
+    config, end_of_text = adapter.model.config, None
+    if adapter.vocab:
+        tokenizer = load_tokenizer(adapter.vocab)
+        end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        if tokenizer.get_vocab_size() != config.vocab_size:
+            raise InputError(
+                f"--vocab {adapter.vocab} has {tokenizer.get_vocab_size()} entries but the base "
+                f"{config.vocab_size}; give the vocabulary of that base"
+            )
+    elif config.vocab_size == 50257:
+        end_of_text = 50256
+    state = merged_weights(adapter.model)
+    write_tensors(folder / "model.safetensors", state, {"format": "pt"})
+    settings = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_positions,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "initializer_range": config.initializer_range,
+        "activation_function": "gelu_new",
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "tie_word_embeddings": "lm_head.weight" not in state,
+        "dtype": "float32",
+    }
+    write_json(folder / "config.json", settings)
+    if adapter.vocab:
+        write_tokenizer(adapter.vocab, folder, config.n_positions)
+    else:
+        print(f"Without --vocab {folder} has no tokenizer files")
+
+
+def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
+    """The weights with every adapter summed into its layer, in fp32, under Hugging Face's names;
+    the head only where an adapter of the embedding has parted the two."""
+    state = {name: t.float() for name, t in model.state_dict().items() if "lora_" not in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, lora.LoRALayer) and layer.adapted:
+            layer.merge()
+            state[f"{name}.weight"] = layer.weight.float()
+    if "wte" in model.config.targets:
+        state["lm_head.weight"] = model.head_weight.float()
+    return state
+
+
+def write_tokenizer(vocab: str, folder: Path, window: int) -> None:
+    """Write the vocabulary under transformers' names, and as one tokenizer.json."""
+    for path, name in zip(vocabulary_files(vocab), ("vocab.json", "merges.txt"), strict=True):
+        with path.open("rb") as source, replacing(folder / name, "wb") as target:
+            shutil.copyfileobj(source, target)
+    tokenizer = load_tokenizer(vocab)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    with replacing(folder / "tokenizer.json") as file:
+        file.write(tokenizer.to_str())
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": window}
+    write_json(folder / "tokenizer_config.json", settings | {"add_prefix_space": False} | special)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    state = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    with replacing(path, "wb") as file:
+        file.write(safetensors.torch.save(state, metadata))
+
+
+WRITERS: dict[str, Callable[[LoadedAdapter, Path], None]] = {
+    "safetensors": write_safetensors,
+    "pt": write_pt,
+    "peft": write_peft,
+    "merged": write_merged,
+}

@@ -308,20 +308,20 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
         model, header = checkpoints.load(
             base,
             args.adapters[task],
-            args.device,
+            runtime.device,
             allow_other_base=args.allow_other_base,
             lora_alpha=args.lora_alpha,
             lora_dim=args.lora_dim,
             model_card=args.model_card,
         )
-        checkpoints.merge(model)
         if tokenizer is not None:
             check_vocabulary(args, tokenizer, model, header)
         settings = search_settings(args, runtime, tokenizer, model.config.vocab_size)
         contexts = load_contexts(args, runtime, tokenizer, model)
-        model.to(runtime.device)
         if runtime.precision == "fp32":
             model.pack()
+        else:
+            checkpoints.merge(model)
         rows = [number for number, name in enumerate(tasks) if name == task]
         started = time.perf_counter()
         found = search_contexts(

@@ -25,7 +25,7 @@ CONTEXTS = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on the shipped sample."""
     folder = tmp_path_factory.mktemp("run")
-    flags = ["--work_dir", folder / "run", "--max_step", 3, "--warmup_step", 0, "--lr", 0.05]
+    flags = ["--work_dir", folder / "run", "--max_step", 3, "--warmup_step", 0, "--lr", 0.002]
     flags += ["--lora_alpha", 32, "--device", "cpu", "--valid_samples", 0]
     rows = (ROOT / "data" / "sample" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "train.jsonl").write_text("\n".join(rows[:40]) + "\n", encoding="utf-8")

@@ -8,9 +8,12 @@ fly as `BPE(context) + [bos]` and `BPE(" " + completion) + [eos]` with bos = eos
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.errors import InputError
-from common.files import read_json_lines
+from data.readers import DataFile, Record, Side
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -71,77 +74,134 @@ class Row:
     completion: np.ndarray
 
 
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """The rows of a data file as token ids, all in one array of two or four bytes a token.
+
+    `tokens` (tokens,) uint16 or int32 has context and completion of row after row, `lengths`
+    (rows, 2) int64 how long each is, `lines` (rows,) int32 where it stands in the file. `source`
+    knows the file's hash and columns. `contexts` and `also`, where asked for, hold each context as
+    it stands in the file, and other columns.
+    """
+
+    source: DataFile
+    tokens: np.ndarray
+    lengths: np.ndarray
+    lines: np.ndarray
+    contexts: list[Side]
+    also: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        context, completion = self.lengths[index]
+        middle = self._ends[index] - completion
+        return Row(
+            self.tokens[middle - context : middle].astype(np.int64),
+            self.tokens[middle : middle + completion].astype(np.int64),
+        )
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.lengths.sum(1))
+
+    def error(self, index: int, problem: str) -> InputError:
+        """What is wrong with a row, with its place in the file."""
+        return self.source.error(int(self.lines[index]), index + 1, problem)
+
+
 def read_rows(
     path: str | Path,
     tokenizer: Tokenizer | None,
     vocab_size: int,
     need_completion: bool = True,
-) -> list[Row]:
-    """The rows of a text or encoded JSONL file as token ids.
+    fields: str | None = None,
+    also: Sequence[str] | None = None,
+) -> Rows:
+    """The rows of a data file as token ids; the file is read once.
 
     Args:
-        tokenizer: needed for text rows only.
-        need_completion: rows for decoding may lack the field.
+        tokenizer: needed for text only.
+        need_completion: rows for decoding may lack it.
+        fields: what `--fields` says.
+        also: for decoding; keeps the contexts as they stand in the file, and these columns.
 
     Raises:
-        InputError: names file, line, field and reason.
+        InputError: names file, line, column and reason.
     """
-    objects = read_json_lines(path)
-    fields = ["context", "completion"]
-    columns = {}
-    for field in fields:
-        values = [row.get(field) for row in objects]
-        if field == "completion" and not need_completion:
-            values = [[] if value is None else value for value in values]
-        columns[field] = _encode(values, field, path, tokenizer, vocab_size)
-    return [Row(*ids) for ids in zip(*(columns[field] for field in fields), strict=True)]
+    source = DataFile(path, fields, need_completion, also or ())
+    dtype = np.uint16 if vocab_size <= 2**16 else np.int32
+    tokens, lengths, lines = [], [], []
+    contexts: list[Side] = []
+    others: list[dict[str, Any]] = []
+    for records in _batches(source):
+        for record in records:
+            _check_ids(source, record, tokenizer, vocab_size)
+        pairs = [
+            _encode([record.context for record in records], tokenizer, space=""),
+            _encode([record.completion or [] for record in records], tokenizer, space=" "),
+        ]
+        sides = [side for pair in zip(*pairs, strict=True) for side in pair]
+        tokens.append(np.array(list(chain.from_iterable(sides)), dtype))
+        lengths.append(np.array(list(map(len, sides)), np.int64).reshape(-1, 2))
+        lines.append(np.array([record.line for record in records], np.int32))
+        if also is not None:
+            contexts += [record.context for record in records]
+            others += [record.also for record in records]
+    parts = (np.concatenate(part) for part in (tokens, lengths, lines))
+    return Rows(source, *parts, contexts, others)
 
 
-def _encode(
-    values: list, field: str, path: str | Path, tokenizer: Tokenizer | None, vocab_size: int
-) -> list[np.ndarray]:
-    """Token ids of one field of every row; texts are encoded together, which is far faster."""
-    for number, value in enumerate(values, start=1):
-        problem = _problem(value, field, tokenizer, vocab_size)
-        if problem:
-            raise InputError(f"{path}, line {number}: {field} {problem}")
-    texts = [value for value in values if isinstance(value, str)]
+BATCH_CHARACTERS = 2**17  # texts are encoded together, which is far faster, but takes memory
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """The records in lists whose texts hold about as many characters."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.context) + len(record.completion or ())
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(sides: Sequence[Side], tokenizer: Tokenizer | None, space: str) -> list[list[int]]:
+    """Token ids of one side of some rows: a text with `space` before it, unless it brings one, and
+    the end token after it; ids as they are."""
+    texts = [side for side in sides if isinstance(side, str)]
     encoded: Iterator[list[int]] = iter(())
     if tokenizer is not None and texts:
-        space = " " if field == "completion" else ""
         end = tokenizer.token_to_id(END_OF_TEXT)
-        batch = tokenizer.encode_batch([space + text for text in texts])
-        encoded = (encoding.ids + [end] for encoding in batch)
-    return [
-        np.array(next(encoded) if isinstance(value, str) else value, dtype=np.int64)
-        for value in values
-    ]
+        spaced = [text if text.startswith(space) else space + text for text in texts]
+        encoded = (encoding.ids + [end] for encoding in tokenizer.encode_batch_fast(spaced))
+    return [next(encoded) if isinstance(side, str) else side for side in sides]
 
 
-def _problem(value: object, field: str, tokenizer: Tokenizer | None, vocab_size: int) -> str | None:
-    """What is wrong with one field, or None."""
-    if value is None:
-        return "is missing"
-    if isinstance(value, str):
-        if tokenizer is None:
-            return "is text, and text needs --vocab, the folder of its vocabulary"
-        return None if value.isascii() or _is_utf8(value) else "holds a lone surrogate, not text"
-    if not isinstance(value, list):
-        return f"must be text or a list of token ids, not {value!r:.40}"
-    for token in value:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            return f"has {token!r:.20}, which is not a token id below {vocab_size}"
-    if not value and field == "context":
-        return "is an empty list; it needs the begin token at least"
-    return None
+def _check_ids(
+    source: DataFile, record: Record, tokenizer: Tokenizer | None, vocab_size: int
+) -> None:
+    """Refuse ids that the vocabulary has not, and text where there is no vocabulary."""
+    for column, side in (("context", record.context), ("completion", record.completion or [])):
+        if isinstance(side, str):
+            if tokenizer is not None:
+                continue
+            problem = "is text, and text needs --vocab, the folder of its vocabulary"
+            raise source.error(record.line, record.number, f"{column} {problem}")
+        for token in side:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                problem = f"has {token!r:.20}, which is not a token id below {vocab_size}"
+                raise source.error(record.line, record.number, f"{column} {problem}")
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def repeats_ngram(tokens: Sequence[int], n: int) -> bool:
+    """Whether some n tokens in a row occur twice, which `--no_repeat_ngram_size n` forbids."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) < len(grams)
 
 
 class FT_Dataset(Dataset):
@@ -165,22 +225,18 @@ class FT_Dataset(Dataset):
         tokenizer: Tokenizer | None = None,
         vocab_size: int = 50257,
         need_completion: bool = True,
+        fields: str | None = None,
     ) -> None:
-        self.rows = read_rows(ft_file, tokenizer, vocab_size, need_completion)
-        if need_completion:
-            for number, row in enumerate(self.rows, start=1):
-                if not row.completion.size:
-                    raise InputError(f"{ft_file}, line {number}: completion is an empty list")
+        self.rows = read_rows(ft_file, tokenizer, vocab_size, need_completion, fields)
         self.num_batches = math.ceil(len(self.rows) / batch_size)
         self.max_seq_length = max_seq_length
         self.max_query_length = max_seq_length - max_eval_length
         self.joint_lm = joint_lm
-        room = [max_seq_length - len(row.completion) for row in self.rows]
-        pairs = list(zip(self.rows, room, strict=True))
-        self.contexts_cut = sum(len(row.context) > max(space, 1) for row, space in pairs)
-        self.completions_cut = sum(space < 1 for space in room)
-        whole = [len(row.context) + len(row.completion) for row in self.rows]
-        self.lengths = np.minimum(whole, max_seq_length)
+        contexts, completions = self.rows.lengths.T
+        room = max_seq_length - completions
+        self.contexts_cut = int((contexts > np.maximum(room, 1)).sum())
+        self.completions_cut = int((room < 1).sum())
+        self.lengths = np.minimum(contexts + completions, max_seq_length)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import InputError
+from common.json_text import parse_json
+from common.text_files import TextFile
 
 
 @contextmanager
@@ -56,26 +58,21 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
-    """The objects of a JSONL file, one a line; a byte-order mark and CRLF are accepted.
+    """The objects of a JSONL file, one a line; blank lines are skipped.
 
     Raises:
         InputError: names file and line of what is not one JSON object in UTF-8.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     rows = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected an object, found {row!r:.60}")
-        rows.append(row)
+    with TextFile(path) as text:
+        for line in filter(str.strip, text.lines()):
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise text.error(str(error)) from error
+            if not isinstance(row, dict):
+                raise text.error(f"expected an object, found {row!r:.60}")
+            rows.append(row)
     if not rows:
         raise InputError(f"{path} is empty; it needs one JSON object a line")
     return rows

@@ -34,7 +34,6 @@ GOOD = b'{"context": [1, 2], "completion": [3]}'
 BAD_LINES = {
     "not JSON": (b"hello", "not JSON"),
     "cut short": (GOOD[:-5], "not JSON"),
-    "blank": (b"", "not JSON"),
     "NUL": (b"\0" + GOOD, "not JSON"),
     "two objects": (GOOD + GOOD, "not JSON"),
     "huge number": (b'{"context": [' + b"1" * 5000 + b'], "completion": [3]}', "not JSON"),
@@ -104,15 +103,20 @@ def test_byte_order_mark_crlf_and_separators_inside_texts_do_not_matter(
     assert all(len(row.context) == len(odd.encode()) + 1 for row in data.rows)
 
 
-def test_a_line_of_ten_megabytes_is_read_and_cut(
+def test_a_row_of_a_million_characters_is_read_and_cut_and_a_longer_one_refused(
     tmp_path: Path, nano_tokenizer_folder: Path
 ) -> None:
-    rows = [{"context": list(range(60)) * 50_000, "completion": [1]}]
-    rows.append({"context": "name : x y " * 50_000, "completion": "b"})
+    rows = [{"context": list(range(60)) * 4_000, "completion": [1]}]
+    rows.append({"context": "name : x y " * 90_000, "completion": "b"})
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    data = FT_Dataset(path, 1, 32, tokenizer=load_tokenizer(nano_tokenizer_folder), vocab_size=257)
+    tokenizer = load_tokenizer(nano_tokenizer_folder)
+    data = FT_Dataset(path, 1, 32, tokenizer=tokenizer, vocab_size=257)
     assert data.contexts_cut == 2
     assert [len(data[i]["input"]) for i in (0, 1)] == [32, 32]
+    rows.append({"context": "name : x y " * 100_000, "completion": "b"})
+    write_rows(path, rows)
+    with pytest.raises(InputError, match="line 3: longer than 1,048,576 characters"):
+        FT_Dataset(path, 1, 32, tokenizer=tokenizer, vocab_size=257)
 
 
 JSON = st.recursive(

@@ -41,6 +41,7 @@ class JSONArray:
         self._take("[")
         closed = self._next() == "]"
         while not closed:
+            self._next()
             yield self.line, self._element()
             closed = self._next() == "]"
             if not closed:
@@ -63,7 +64,6 @@ class JSONArray:
         self._go(self._at + 1)
 
     def _element(self) -> Any:
-        self._next()
         while True:
             try:
                 value, end = DECODER.raw_decode(self._text, self._at)

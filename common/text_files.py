@@ -93,11 +93,11 @@ class TextFile:
     def __enter__(self) -> Self:
         with ExitStack() as stack, self._naming_faults():
             self._raw = stack.enter_context(_Hashing(_open(Path(self.path))))
-            packed = io.BufferedReader(self._raw, CHUNK)
+            packed = io.BufferedReader(self._raw, 2**16)
             binary = packed
             if packed.peek(2)[:2] == GZIP:
                 binary = cast(io.BufferedReader, gzip.GzipFile(fileobj=packed))
-            head = binary.peek(CHUNK)
+            head = binary.peek(64)
             for mark, kind, remedy in NOT_TEXT:
                 if head.startswith(mark):
                     raise InputError(f"{self.path} is {kind}; {remedy}")

@@ -26,6 +26,7 @@ import loralib as lora
 from common.errors import InputError, Parser
 from common.errors import run as run_program
 from common.process_group import naming_lost_ranks
+from data.fields import add_fields_flag
 from data_utils import FT_Dataset
 from gpu import Runtime
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
@@ -66,8 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     gpu.add_gpu_params(parser)
     add_optimizer_params(parser)
     add = parser.add_argument_group("data").add_argument
-    add("--train_data", help="JSONL of {context, completion}, text or token ids")
+    add("--train_data", help="JSONL, JSON, CSV or TSV of contexts and completions (docs/data.md)")
     add("--valid_data", help="the same; without it nothing is validated")
+    add_fields_flag(add)
     add("--vocab", help="folder of the vocabulary; needed for text rows")
     add("--seq_len", type=int, default=512, help="longest sequence (default: %(default)s)")
     add("--obj", choices=("clm", "jlm"), default="clm", help="loss on completions, or on all")
@@ -140,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check_args(args: argparse.Namespace) -> None:
     if not args.train_data:
-        raise InputError("--train_data is missing; give a JSONL file of {context, completion}")
+        raise InputError("--train_data is missing; give a file of contexts and completions")
     if not args.init_checkpoint:
         raise InputError(
             "--init_checkpoint is missing; give the base weights, or none for random ones"

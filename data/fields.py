@@ -19,8 +19,8 @@ class Fields:
         return {*self.context, *filter(None, [self.completion])}
 
     def __str__(self) -> str:
-        completion = "" if self.completion is None else f", completion from {self.completion}"
-        return f"context from {' + '.join(self.context)}{completion}"
+        completion = "" if self.completion is None else f" -> {self.completion}"
+        return f"{' + '.join(self.context)}{completion}"
 
 
 OWN = Fields(("context",), "completion")

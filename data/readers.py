@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import InputError
 from common.json_text import JSONArray, parse_json
-from common.text_files import LONGEST_LINE, PANDAS, TextFile
+from common.text_files import PANDAS, TextFile
 from data.fields import COMPLETIONS, OWN, parse_fields, recognise, sides
 
 Side = str | list[int]
@@ -21,7 +21,8 @@ Located = tuple[int, Any]  # the line that a row starts on, and the row
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+TABLES = {",": "CSV", ";": "CSV by semicolons", "\t": "TSV"}
 # What pandas and Excel write for a value that is missing or could not be computed.
 NO_VALUE = {"NaN", "nan", "<NA>", "#N/A", "#NAME?", "#REF!", "#VALUE!", "#DIV/0!"}
 CHAT = (
@@ -30,8 +31,6 @@ CHAT = (
 )
 JSON_ROW = 'a row looks like {"context": "name : Oak", "completion": "The Oak is a pub."}'
 TABLE_ROW = "the first line names the columns, as context,completion does"
-
-csv.field_size_limit(LONGEST_LINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +86,11 @@ class DataFile:
             raise InputError(f"{self.path} holds no rows; {self._example}")
 
     def __str__(self) -> str:
-        return f"{self.form}; {self.fields}"
+        return f"{self.form}, {self.fields}"
 
     @property
     def _is_table(self) -> bool:
-        return self.form.startswith("columns")
+        return self.form in TABLES.values()
 
     @property
     def _example(self) -> str:
@@ -109,7 +108,7 @@ class DataFile:
         suffix = next((s for s in reversed(Path(self.path).suffixes) if s != ".gz"), "").lower()
         start = text.head.lstrip()[:1]
         if suffix in TABLE_SUFFIXES or (start not in b"[{" and suffix not in JSON_SUFFIXES):
-            self.form = "columns"
+            self.form = "CSV"
             return self._table(text, TABLE_SUFFIXES.get(suffix, ","))
         if start == b"[":
             self.form = "JSON array"
@@ -192,8 +191,8 @@ class DataFile:
                 raise self.error(
                     start,
                     number,
-                    f"{len(cells)} cells under {len(self._names)} columns; a text with one of "
-                    f"the {DELIMITERS[delimiter]} in it stands in quotes",
+                    f"{len(cells)} cells under {len(self._names)} columns; a text with a "
+                    f"{DELIMITERS[delimiter]} or a quote in it stands in quotes",
                 )
             yield start, dict(zip(self._names, cells, strict=True))
 
@@ -208,7 +207,7 @@ class DataFile:
             except (ValueError, csv.Error) as error:
                 problems[delimiter] = self._names, str(error)
             else:
-                self.form = f"columns between {DELIMITERS[delimiter]}"
+                self.form = TABLES[delimiter]
                 return delimiter
         # The most telling complaint is that about the most columns.
         self._names, problem = max(problems.values(), key=lambda found: len(found[0]))

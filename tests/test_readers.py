@@ -116,10 +116,8 @@ def test_every_known_pair_is_recognised_whatever_its_case_and_said(
         data = DataFile(written(tmp_path, name, dumped(columns)))
         assert [(r.context, r.completion) for r in data] == [("a", "b")]
         assert data.fields.context[0] == columns[0] and data.fields.completion == columns[1]
-        form = "columns between commas" if name == "a.csv" else "JSONL"
-        assert str(data) == f"{form}; {data.fields}" and f"completion from {columns[1]}" in str(
-            data
-        )
+        form = "CSV" if name == "a.csv" else "JSONL"
+        assert str(data) == f"{form}, {' + '.join(data.fields.context)} -> {columns[1]}"
 
 
 @pytest.mark.parametrize(
@@ -225,14 +223,14 @@ BAD = {
     "two keys": ("a.jsonl", '{"prompt": "a", "prompt": "b", "completion": "c"}',
                  "line 1: not JSON (the key 'prompt' stands twice in one object)"),
     "ragged": ("a.csv", "prompt,completion\na,b\nc,d, e\n", "line 3: 3 cells under 2 columns; a "
-               "text with one of the commas in it stands in quotes"),
+               "text with a comma or a quote in it stands in quotes"),
     "short": ("a.tsv", "prompt\tcompletion\na\n", "line 2: 1 cells under 2 columns"),
     "open quote": ("a.csv", 'prompt,completion\na,b\n"c,d\ne,f\n', "line 3: unexpected end"),
     "quote inside": ("a.csv", 'prompt,completion\n"a" b,c\n', "line 2: ',' expected after '\"'"),
     "backslash": ("a.csv", 'prompt,completion\n"a \\"b\\"",c\n', "line 2: "),
     "long cell": ("a.csv", "prompt,completion\na," + "b" * 2**20 + "\n", "line 2: longer than"),
     "long line": ("a.jsonl", '{"prompt": "' + "b" * 2**20, "line 1: longer than 1,048,576 char"),
-    "never closed": ("a.csv", 'prompt,completion\na,"' + "b\n" * 2**20, "line 2: field larger"),
+    "never closed": ("a.csv", 'prompt,completion\na,"' + "b\n" * 2**17, "line 2: field larger"),
     "Latin-1": ("a.csv", "prompt,completion\na,b\ncaf\xe9,d\n".encode("latin-1"),
                 "line 3: not UTF-8 (byte 0xe9); save it as UTF-8"),
     "Latin-1 array": ("a.json", '[{"prompt": "a",\n"completion": "\xe9"}]'.encode("latin-1"),
@@ -430,16 +428,16 @@ PIECES = [
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
     """A file with some bytes cut, doubled, replaced or put in."""
-    for _ in range(draw.choice([1, 1, 2, 5])):
+    for _ in range(draw.choice([1, 1, 1, 2, 4])):
         start = draw.randrange(len(content) + 1)
         end = min(len(content), start + draw.choice([0, 0, 1, 3, 20]))
-        kind = draw.randrange(5)
+        kind = draw.randrange(12)
         if kind == 0:
             content = content[:start]
         elif kind == 1:
             content = content[:end] + content[start:]
         else:
-            piece = draw.choice(PIECES) if kind < 4 else draw.randbytes(2)
+            piece = draw.choice(PIECES) if kind < 5 else draw.choice(b"abc \n,").to_bytes()
             content = content[:start] + piece + content[end:]
     return content
 
@@ -448,13 +446,13 @@ def test_a_damaged_file_gives_good_rows_or_one_sentence_with_its_name(tmp_path: 
     draw, refused, good = random.Random(0), 0, 0
     for _ in range(2000 * FUZZ):
         name, content = draw.choice(SEEDS)
-        name = draw.choice([name, name, name, "a.jsonl", "a.csv", "63"])
-        if content.startswith(b"\x1f\x8b") and draw.random() < 0.7:
-            content = gzip.compress(mutated(gzip.decompress(content), draw))
+        name = draw.choice([name] * 7 + ["a.jsonl", "a.csv", "63"])
+        if content.startswith(b"\x1f\x8b") and draw.random() < 0.8:
+            content = gzip.compress(mutated(gzip.decompress(content), draw), 1)
         else:
             content = mutated(content, draw)
         path = written(tmp_path, name, content)
-        data = DataFile(path, draw.choice([None, None, "prompt:n"]), draw.random() < 0.7, ["n"])
+        data = DataFile(path, draw.choice([None] * 9 + ["prompt:n"]), draw.random() < 0.5, ["n"])
         try:
             rows = list(data)
         except InputError as error:
@@ -468,4 +466,4 @@ def test_a_damaged_file_gives_good_rows_or_one_sentence_with_its_name(tmp_path: 
             for side in (row.context, row.completion):
                 assert side is None or isinstance(side, list) or side.encode("utf-8").strip()
     print(f"{refused + good} damaged data files, {refused} refused, {good} read, 0 crashes")
-    assert min(refused, good) > 200 * FUZZ
+    assert min(refused, good) > 300 * FUZZ

@@ -1,7 +1,6 @@
 """From flags to a run that is ready to train: data, model, optimizer, steps, header."""
 
 import argparse
-import hashlib
 import math
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -77,7 +76,7 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: d
     model = build_model(args, base, tokenizer)
     train, valid = load_data(args, runtime, tokenizer, model.config)
     plan = plan_steps(args, runtime, len(train), state)
-    header = describe_adapter(args, plan, model, tokenizer)
+    header = describe_adapter(args, plan, model, tokenizer, train.rows.source.sha256)
     if state is not None and not args.resume_anyway:
         check_settings(state, header)
     model.transformer.gradient_checkpointing = args.gradient_checkpointing
@@ -210,11 +209,12 @@ def load_data(
             joint_lm=args.obj == "jlm",
             tokenizer=tokenizer,
             vocab_size=config.vocab_size,
+            fields=args.fields,
         )
         if runtime.rank == 0:
             print(
-                f"{path}: {len(data):,} rows; cut to --seq_len {args.seq_len}: "
-                f"{data.contexts_cut} contexts, {data.completions_cut} completions"
+                f"{path}: {len(data):,} rows ({data.rows.source}); cut to --seq_len "
+                f"{args.seq_len}: {data.contexts_cut} contexts, {data.completions_cut} completions"
             )
         return data
 
@@ -281,14 +281,22 @@ def trained_parameters(model: nn.Module) -> int:
 
 
 def describe_adapter(
-    args: argparse.Namespace, plan: Plan, model: GPT2LMModel, tokenizer: Tokenizer | None
+    args: argparse.Namespace,
+    plan: Plan,
+    model: GPT2LMModel,
+    tokenizer: Tokenizer | None,
+    train_data: str,
 ) -> AdapterHeader:
-    """Return the header of the run's adapter files, all but the step: what decides them."""
+    """Return the header of the run's adapter files, all but the step: what decides them.
+
+    `train_data` is the sha256 of the bytes that the training rows were read from.
+    """
     resolved = vars(args) | asdict(plan)
     vocabulary = tokenizer and Vocabulary(
         tokenizer.get_vocab_size(), vocabulary_fingerprint(tokenizer)
     )
     base = checkpoints.base_fingerprint(model.state_dict())
+    columns = {"fields": args.fields} if args.fields else {}
     return AdapterHeader(
         lora=model.config.lora,
         base=Base(Path(args.init_checkpoint).name, base),
@@ -296,8 +304,8 @@ def describe_adapter(
         model_card=args.model_card,
         vocabulary=vocabulary,
         seed=args.random_seed,
-        train_data=hashlib.sha256(Path(args.train_data).read_bytes()).hexdigest(),
-        settings={name: resolved[name] for name in RESULT_SETTINGS},
+        train_data=train_data,
+        settings={name: resolved[name] for name in RESULT_SETTINGS} | columns,
     )
 
 

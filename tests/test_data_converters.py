@@ -49,7 +49,7 @@ def contexts(rows: list[dict]) -> list[str]:
         (webnlg_rows, "webnlg/dev.json.gz", 2_258, 870),
         (webnlg_rows, "webnlg/test.json.gz", 4_928, 1_862),
         (dart_rows, f"{DART}dev.json.gz", 6_980, 2_721),
-        (dart_rows, f"{DART}test.json.gz", 12_552, 4_159),
+        (dart_rows, f"{DART}test.json.gz", 12_551, 4_159),  # and one without a text
     ],
 )
 def test_every_published_row_is_there(
@@ -137,7 +137,7 @@ def test_webnlg_joins_triples_and_keeps_good_texts_untouched(tmp_path: Path) -> 
     }  # fmt: skip
 
 
-def test_dart_lowers_relations_alone_and_keeps_empty_texts(tmp_path: Path) -> None:
+def test_dart_lowers_relations_alone_and_leaves_empty_texts_out(tmp_path: Path) -> None:
     raw = tmp_path / "raw.json"
     entry = {
         "tripleset": [["Mars Hill", "JOINED", "1973"], ["[TABLECONTEXT]", "[TITLE]", "Schools"]],
@@ -146,7 +146,6 @@ def test_dart_lowers_relations_alone_and_keeps_empty_texts(tmp_path: Path) -> No
     raw.write_text(json.dumps([entry, {**entry, "annotations": []}]), encoding="utf-8")
     context = "Mars Hill : joined : 1973 | [TABLECONTEXT] : [title] : Schools"
     assert list(dart_rows(raw)) == [
-        {"context": context, "completion": "", "source": "x"},
         {"context": context, "completion": "It joined.\t", "source": "y"},
     ]
 

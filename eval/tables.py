@@ -83,15 +83,20 @@ def _item_text(
     return "\n".join(lines)
 
 
+def segment_scores(measures: list[dict[str, Measure]]) -> list[dict[str, list[float]]]:
+    """Of each system, each metric's scores of single items; metrics without such are left out."""
+    return [
+        {name: measure.segments() for name, measure in of_system.items() if name not in NO_SEGMENTS}
+        for of_system in measures
+    ]
+
+
 def segments_text(
     items: list[Item], systems: list[list[str]], measures: list[dict[str, Measure]], most: int
 ) -> str:
     """The `most` worst and the `most` best items, each with its input, the outputs of the systems
     with their segment scores, and the references; "" if no metric has scores for single items."""
-    segments = [
-        {name: measure.segments() for name, measure in of_system.items() if name not in NO_SEGMENTS}
-        for of_system in measures
-    ]
+    segments = segment_scores(measures)
     key = next((name for name in ORDERED_BY if name in segments[0]), None)
     if key is None:
         return ""

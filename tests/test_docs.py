@@ -50,6 +50,7 @@ TINY = {
         "--task e2e --data test.jsonl --predictions predictions.jsonl",
         "--metrics bleu",
     ),
+    "eval.report": ("--task e2e --data test.jsonl", "--metrics bleu --bootstrap 10"),
 }
 # Of a page's names, those that stand for files which a test has, or for a smaller thing.
 STAND_INS = [

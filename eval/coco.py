@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.measure import Measure, mean_of
+from eval.measure import Measure, Unscored, mean_of
 
 METEOR_VERSION, METEOR_FLAGS = "1.5", "-l en -norm"
 # Places in the jar's counts of an item: length, length of the reference, chunks, matches in both.
@@ -22,7 +22,7 @@ _ROW = [0, 1, _CHUNKS, 21, 22]
 ENCODING = "-Dfile.encoding=UTF-8"  # the jars would take the locale's
 
 
-class JavaError(RuntimeError):
+class JavaError(Unscored):
     """Java is missing or failed; the text is the reason."""
 
 

@@ -3,11 +3,14 @@ varied their words are, and how long they are beside the references."""
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
 
-from eval.measure import Measure
+from common.errors import InputError
+from eval.measure import Measure, Unscored
+from eval.slots import parse_meaning
 from eval.texts import fold
 
 UNSPOKEN = {"yes", "no", "true", "false", "none"}  # a text says these in words of its own
@@ -23,10 +26,14 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def values(context: str) -> list[str]:
-    """The values of a context, each once: of `slot : value | ...` the values, of triples
-    `subject : relation : object | ...` subjects and objects. Names of slots and relations, marks
-    such as [TABLECONTEXT], and yes and no are left out; other contexts have no values."""
-    found = []
+    """The values of a context, each once: of `slot : value | ...` and `slot[value], ...` the
+    values, of triples `subject : relation : object | ...` subjects and objects. Names of slots and
+    relations, marks such as [TABLECONTEXT], and yes and no are left out; other contexts have no
+    values."""
+    found: list[str] = []
+    if context.endswith("]") and " : " not in context:
+        with suppress(InputError):
+            found = [value for _, value in parse_meaning(context)]
     for part in context.split(" | "):
         first, *rest = (field.strip() for field in part.split(" : "))
         found += rest if len(rest) == 1 else [first, *rest[1:]] if rest else []
@@ -45,15 +52,28 @@ def missing_values(context: str, text: str) -> list[str]:
 
 
 def coverage(contexts: Sequence[str], texts: Sequence[str]) -> Measure:
-    """The share of the contexts' values that the texts state; not a number where there are none."""
+    """The share of the contexts' values that the texts state, 1 for an item without any.
+
+    Raises:
+        Unscored: no context has a value.
+    """
     rows = []
     for context, text in zip(contexts, texts, strict=True):
         count = len(values(context))
         rows.append((count - len(missing_values(context, text)), count))
-    return Measure(
-        np.array(rows, dtype=np.float64),
-        lambda sums: sums[0] / sums[1] if sums[1] else np.nan,
-    )
+    if not any(count for _, count in rows):
+        raise Unscored("no input has values to state, as name : value | ... or triples have")
+    statistics = np.array(rows, dtype=np.float64)
+    return Measure(statistics, lambda sums: sums[0] / sums[1] if sums[1] else 1.0)
+
+
+def variety(references: Sequence[Sequence[str]], texts: Sequence[str]) -> dict[str, float]:
+    """Distinct-1, distinct-2 and length ratio of the texts."""
+    return {
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        "length_ratio": length_ratio(references, texts),
+    }
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

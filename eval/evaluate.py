@@ -16,7 +16,10 @@ from dataclasses import replace
 from common.errors import InputError, run
 from common.files import replacing, write_json
 from eval import bootstrap, coco, official, tables, texts
-from eval.metrics import METRICS, Measured, measure, sacrebleu_scores
+from eval.coverage import variety
+from eval.measure import Measure
+from eval.metrics import METRICS, OF_INPUTS, Measured, measure, sacrebleu_scores
+from eval.slots import counts_of
 from eval.texts import Item, warn
 
 
@@ -28,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", choices=METRICS, required=True)
     add("--references", help="e2e: reference file; webnlg, dart: STEM of STEM0, STEM1, ...")
     add("--hypotheses", help="outputs, one a line")
-    add("--inputs", help="inputs, one a line, for the report")
+    add("--inputs", help="inputs, one a line, for SER, coverage and the report")
     add("--data", help="JSONL that was decoded, in place of --references")
     add("--predictions", help="JSONL of gpt2_beam.py, in place of --hypotheses")
     add("--vocab", help="folder of the vocabulary, if the data hold token ids")
@@ -110,6 +113,12 @@ def _scores(measured: Measured, system: int, wanted: tuple[str, ...], mask=slice
     return {name: measures[name].score(mask) if name in measures else None for name in wanted}
 
 
+def _of_texts(items: list[Item], outputs: list[str], measures: dict[str, Measure]) -> dict:
+    """What is said of a system's texts beside their scores."""
+    said: dict = {"texts": variety([item.references for item in items], outputs)}
+    return said | ({"slots": counts_of(measures["SER"])} if "SER" in measures else {})
+
+
 def _subsets(items: list[Item], measured: Measured, wanted: tuple[str, ...]) -> dict:
     parts = {}
     for name, flag in (("seen", True), ("unseen", False)):
@@ -163,12 +172,14 @@ def result_of(
     }
     if "METEOR" in measured.systems[0]:
         result["meteor"] = {"version": coco.METEOR_VERSION, "flags": coco.METEOR_FLAGS}
+    result |= _of_texts(items, systems[0], measured.systems[0])
     if parts := _subsets(items, measured, wanted):
         result["subsets"] = parts
     if len(systems) > 1:
         other = _scores(measured, 1, wanted)
         differences = {name: result["scores"][name] - other[name] for name in measured.systems[0]}
         result["compare"] = {"scores": other, "differences": differences}
+        result["compare"] |= _of_texts(items, systems[1], measured.systems[1])
     if samples:
         _resample(result, measured, samples)
     return result
@@ -186,17 +197,21 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.ref_num:
         items = texts.limit_references(items, args.ref_num)
     references = [item.references for item in items]
-    if "CIDEr" in args.metrics and len(items) < 2:
+    contexts = [item.context for item in items]
+    wanted = args.metrics
+    if not args.asked and not any(contexts):
+        wanted = tuple(name for name in wanted if name not in OF_INPUTS)
+    if "CIDEr" in wanted and len(items) < 2:
         warn("CIDEr of fewer than two items is 0, however good they are")
     if args.write_references:
         official.write_references(args.write_references, items, args.task)
     if args.write_hypotheses:
         official.write_hypotheses(args.write_hypotheses, systems[0])
     with coco.Meteor() as meteor:
-        measured = measure(args.task, references, systems, args.metrics, meteor)
+        measured = measure(args.task, references, systems, wanted, meteor, contexts)
         result = result_of(
             args.task,
-            args.metrics,
+            wanted,
             items,
             systems,
             measured,

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 
+class Unscored(Exception):
+    """A metric has no score here; the text is the reason."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """One metric of one system.

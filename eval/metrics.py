@@ -6,19 +6,20 @@
 Nothing heavy is imported, and Java is not started, for a metric that is not asked for.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
 from common.errors import InputError
-from eval import coco, mteval, webnlg
-from eval.measure import Measure
+from eval import coco, coverage, mteval, slots, webnlg
+from eval.measure import Measure, Unscored
 
 E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 WEBNLG = ("BLEU", "METEOR", "TER", "chrF++")
-METRICS = {"e2e": E2E, "webnlg": WEBNLG, "dart": WEBNLG}
-LOWER_IS_BETTER = {"TER"}
+OF_INPUTS = ("SER", "coverage")  # whether texts are true to their inputs
+METRICS = {"e2e": (*E2E, *OF_INPUTS)} | dict.fromkeys(("webnlg", "dart"), (*WEBNLG, "coverage"))
+LOWER_IS_BETTER = {"TER", "SER"}
 
 Makers = dict[str, Callable[[list[str]], Measure]]
 
@@ -55,6 +56,28 @@ def _webnlg_makers(references: list[list[str]], meteor: coco.Meteor) -> Makers:
     }
 
 
+def _slot_error_rate(contexts: Sequence[str], texts: list[str]) -> Measure:
+    try:
+        named = {slot for mr in contexts for slot, _ in slots.parse_meaning(mr)}
+    except InputError as error:
+        raise Unscored(f"an input is no meaning representation: {error}") from error
+    if others := sorted(named - set(slots.SLOTS)):
+        raise Unscored(f"the inputs have slots that E2E has not: {', '.join(others)}")
+    return slots.slot_error_rate(slots.slot_errors(contexts, texts))
+
+
+def _makers_of_inputs(contexts: Sequence[str]) -> Makers:
+    def given() -> Sequence[str]:
+        if not any(contexts):
+            raise Unscored("no inputs are known; give --inputs, or --data and --predictions")
+        return contexts
+
+    return {
+        "SER": lambda texts: _slot_error_rate(given(), texts),
+        "coverage": lambda texts: coverage.coverage(given(), texts),
+    }
+
+
 def _check(references: list[list[str]], systems: list[list[str]]) -> None:
     if not references:
         raise InputError("there is no item to score; give at least one reference and one output")
@@ -75,15 +98,20 @@ def measure(
     systems: list[list[str]],
     wanted: Iterable[str],
     meteor: coco.Meteor,
+    contexts: Sequence[str] = (),
 ) -> Measured:
     """Measure each system (one text per item) against the references (texts by item).
 
-    `wanted` are names from `METRICS[task]`; a metric whose Java part fails gets a reason in place
-    of measures. `meteor` must stay open while METEOR's measures are in use. Raises InputError
-    where the numbers of texts do not fit.
+    `wanted` are names from `METRICS[task]`; a metric whose Java part fails, or that `contexts` (one
+    by item, for `OF_INPUTS` alone) do not fit, gets a reason in place of measures. `meteor` must
+    stay open while METEOR's measures are in use.
+
+    Raises:
+        InputError: the numbers of texts do not fit.
     """
     _check(references, systems)
     makers = (_e2e_makers if task == "e2e" else _webnlg_makers)(references, meteor)
+    makers |= _makers_of_inputs(contexts)
     measures: dict[str, list[Measure]] = {}
     reasons: dict[str, str] = {}
     if "METEOR" in wanted:
@@ -93,7 +121,7 @@ def measure(
     for name in sorted(wanted, key=lambda name: name == "METEOR"):
         try:
             measures[name] = [makers[name](hypotheses) for hypotheses in systems]
-        except coco.JavaError as error:
+        except Unscored as error:
             reasons[name] = str(error)
     in_order = [name for name in METRICS[task] if name in measures]
     return Measured(

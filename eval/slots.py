@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import InputError
-from eval.measure import Measure, mean_of
+from eval.measure import Measure
 from eval.texts import fold
 
 SLOTS = (
@@ -56,7 +56,7 @@ RATINGS = rf"(rate[ds]?|ratings?|reviews?|quality) {UP_TO_2}"
 # counts; of those that start together, the one that stands first here.
 PHRASES = {
     "eatType": {
-        "restaurant": ("restaurants?",),
+        "restaurant": ("restaurant",),
         "coffee shop": ("coffee( shops?)?", "cafes?"),
         "pub": ("pub",),
     },
@@ -85,7 +85,6 @@ PHRASES = {
             "(above|over) (£ )?30",
             "£ 30 (or more|and up)",
             "expensive",
-            "upmarket",
             f"high{PRICED}",
             f"{PRICES}high",
         ),
@@ -140,6 +139,9 @@ PHRASES = {
 
 Meaning = list[tuple[str, str]]  # slots with their values
 Reading = tuple[str, ...]  # the values that a phrase is right for
+
+
+COUNTS = ("added", "missing", "wrong", "repeated", "slots", "correct")
 
 
 class SlotErrors(NamedTuple):
@@ -303,11 +305,12 @@ def stated_meaning(meaning: Meaning, text: str) -> Meaning:
 
 
 def slot_error_rate(errors: Sequence[SlotErrors]) -> Measure:
-    """SER: errors of all kinds / slots of the MRs."""
-    rows = [(item.errors, item.slots) for item in errors]
-    return Measure(np.array(rows, dtype=np.float64), lambda sums: sums[0] / sums[1])
+    """SER: errors of all kinds / slots of the MRs. The statistics are `COUNTS`, in this order."""
+    rows = [(*item[:5], item.errors == 0) for item in errors]
+    return Measure(np.array(rows, dtype=np.float64), lambda sums: sums[:4].sum() / sums[4])
 
 
-def correct_texts(errors: Sequence[SlotErrors]) -> Measure:
-    """The share of texts without any slot error."""
-    return mean_of([float(item.errors == 0) for item in errors])
+def counts_of(rate: Measure) -> dict[str, int]:
+    """What `slot_error_rate` counted in all texts: errors by kind, slots, and correct texts, which
+    have no error."""
+    return dict(zip(COUNTS, map(int, rate.statistics.sum(axis=0)), strict=True))

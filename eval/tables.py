@@ -44,6 +44,19 @@ def _cells(result: dict, name: str) -> dict[str, str]:
     return cells
 
 
+def _of_texts(whose: str, part: dict) -> list[str]:
+    """What `result_of` says of a system's texts beside their scores, in lines."""
+    said = part["texts"]
+    lines = [
+        f"{whose}texts: distinct-1 {said['distinct_1']:.4f}, distinct-2 {said['distinct_2']:.4f}, "
+        f"{said['length_ratio']:.3f} times the references' words"
+    ]
+    if slots := part.get("slots"):
+        kinds = ", ".join(f"{slots[k]} {k}" for k in ("added", "missing", "wrong", "repeated"))
+        lines.append(f"{whose}slots: {kinds} of {slots['slots']}; {slots['correct']} texts correct")
+    return lines
+
+
 def table(result: dict) -> str:
     """The result (as `evaluate.score` returns it) as text."""
     rows = [_cells(result, name) for name in result["scores"]]
@@ -56,6 +69,9 @@ def table(result: dict) -> str:
         columns([titles, *([row.get(title, "") for title in titles] for row in rows)]),
         "",
     ]
+    lines += _of_texts("", result)
+    if "compare" in result:
+        lines += _of_texts("other ", result["compare"])
     lines += [f"{name} is null: {reason}" for name, reason in result["reasons"].items()]
     lines += [
         f"subset {name}: {part['items']} items, {part['references']} references"

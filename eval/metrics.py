@@ -14,6 +14,7 @@ from functools import cache
 from common.errors import InputError
 from eval import coco, coverage, mteval, slots, webnlg
 from eval.measure import Measure, Unscored
+from eval.texts import named
 
 E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 WEBNLG = ("BLEU", "METEOR", "TER", "chrF++")
@@ -58,11 +59,11 @@ def _webnlg_makers(references: list[list[str]], meteor: coco.Meteor) -> Makers:
 
 def _slot_error_rate(contexts: Sequence[str], texts: list[str]) -> Measure:
     try:
-        named = {slot for mr in contexts for slot, _ in slots.parse_meaning(mr)}
+        used = {slot for mr in contexts for slot, _ in slots.parse_meaning(mr)}
     except InputError as error:
         raise Unscored(f"an input is no meaning representation: {error}") from error
-    if others := sorted(named - set(slots.SLOTS)):
-        raise Unscored(f"the inputs have slots that E2E has not: {', '.join(others)}")
+    if others := sorted(used - set(slots.SLOTS)):
+        raise Unscored(f"the inputs have slots that E2E has not: {named(others)}")
     return slots.slot_error_rate(slots.slot_errors(contexts, texts))
 
 

@@ -31,6 +31,8 @@ LEFT_OUT = {
     "python -m experiments.soak --steps 2000 --kills 20": "tests/test_soak.py",
     "python -m data.make_base mini": "trains for half an hour",
     "python -m experiments.tables": "tests/test_tables.py",
+    "python -m data.clean_e2e e2e/train.txt.gz train.jsonl --official devel-fixed.no-ol.csv.gz "
+    "--without devel-fixed.no-ol.csv.gz test-fixed.csv.gz": "tests/test_clean_e2e.py",
     "python -m experiments.sweep": "runs for hours; listed in the test below",
 }  # fmt: skip
 

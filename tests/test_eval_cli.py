@@ -99,6 +99,55 @@ def test_seen_and_unseen_are_scored_apart(decoded, tmp_path, capsys):
     assert "subset unseen: 1 items, 3 references" in capsys.readouterr().out
 
 
+MRS = ["name[The Red Inn], area[riverside]", "eatType[pub], priceRange[cheap]", "food[Fast food]"]
+
+
+def test_slot_errors_and_coverage_stand_beside_the_scores(e2e, tmp_path, capsys):
+    (tmp_path / "mrs.txt").write_text("\n".join(MRS) + "\n", encoding="utf-8")
+    more = ["--inputs", str(tmp_path / "mrs.txt"), "--compare", str(tmp_path / "other.txt")]
+    more += ["--metrics", "bleu,ser,coverage", "--bootstrap", "20"]
+    result = result_of([*e2e, *more], tmp_path)
+    # Near the river is the riverside; cafes are an added eatType, fast food is missing.
+    assert result["scores"]["SER"] == 2 / 5
+    assert result["slots"] == {
+        "added": 1, "missing": 1, "wrong": 0, "repeated": 0, "slots": 5, "correct": 2,
+    }  # fmt: skip
+    assert result["scores"]["coverage"] == 3 / 5
+    compare = result["compare"]
+    assert compare["slots"]["missing"] == 5
+    assert compare["differences"]["SER"] == pytest.approx(2 / 5 - compare["scores"]["SER"])
+    for name in ("SER", "coverage"):
+        interval = result["bootstrap"]["intervals"][name]
+        assert interval["low"] <= interval["mean"] <= interval["high"]
+        assert 0 < compare["p_values"][name] <= 1
+    assert result["texts"].keys() == {"distinct_1", "distinct_2", "length_ratio"}
+    printed = capsys.readouterr().out
+    assert "slots: 1 added, 1 missing, 0 wrong, 0 repeated of 5; 2 texts correct" in printed
+    assert "\nSER       0.4000" in printed
+
+
+def test_without_inputs_slot_errors_and_coverage_are_left_out_unless_asked_for(
+    e2e, tmp_path, capsys
+):
+    bleu = [*e2e, "--ref_num", "1", "--json", str(tmp_path / "out.json")]
+    evaluate.main(bleu)
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert not {"SER", "coverage"} & result["scores"].keys()
+    assert evaluate.main([*e2e, "--metrics", "ser,coverage"]) == 1
+    assert capsys.readouterr().out.count("is null: no inputs are known; give --inputs") == 2
+
+
+def test_inputs_of_another_form_get_a_reason(e2e, tmp_path, capsys):
+    for inputs, reason in (
+        ("inn\npub\ncafe\n", "an input is no meaning representation: 'inn' is not of the form"),
+        ("a : b\nname : c\narea : d\n", "the inputs have slots that E2E has not: a"),
+    ):
+        (tmp_path / "mrs.txt").write_text(inputs, encoding="utf-8")
+        arguments = [*e2e, "--inputs", str(tmp_path / "mrs.txt"), "--metrics", "ser"]
+        assert evaluate.main(arguments) == 1
+        assert f"SER is null: {reason}" in capsys.readouterr().out
+
+
 def test_bootstrap_and_a_second_system(e2e, tmp_path, capsys):
     other = ["--compare", str(tmp_path / "other.txt")]
     result = result_of([*e2e, *NO_JAVA, "--bootstrap", "100", *other], tmp_path)

@@ -99,20 +99,23 @@ def measure(
     systems: list[list[str]],
     wanted: Iterable[str],
     meteor: coco.Meteor,
-    contexts: Sequence[str] = (),
+    contexts: Sequence[str] | None = None,
 ) -> Measured:
     """Measure each system (one text per item) against the references (texts by item).
 
-    `wanted` are names from `METRICS[task]`; a metric whose Java part fails, or that `contexts` (one
-    by item, for `OF_INPUTS` alone) do not fit, gets a reason in place of measures. `meteor` must
-    stay open while METEOR's measures are in use.
+    `wanted` are names from `METRICS[task]`; a metric whose Java part fails, or that the contexts
+    (one per item) do not fit, gets a reason in place of measures; without contexts the metrics
+    `OF_INPUTS` are left out. `meteor` must stay open while METEOR's measures are in use.
 
     Raises:
         InputError: the numbers of texts do not fit.
     """
     _check(references, systems)
     makers = (_e2e_makers if task == "e2e" else _webnlg_makers)(references, meteor)
-    makers |= _makers_of_inputs(contexts)
+    if contexts is None:
+        wanted = [name for name in wanted if name not in OF_INPUTS]
+    else:
+        makers |= _makers_of_inputs(contexts)
     measures: dict[str, list[Measure]] = {}
     reasons: dict[str, str] = {}
     if "METEOR" in wanted:
@@ -130,28 +133,33 @@ def measure(
     )
 
 
-def _scores(task, references, hypotheses, metrics) -> dict[str, float | None]:
+def _scores(task, references, hypotheses, metrics, contexts) -> dict[str, float | None]:
     with coco.Meteor() as meteor:
-        measured = measure(task, references, [hypotheses], metrics, meteor).systems[0]
+        measured = measure(task, references, [hypotheses], metrics, meteor, contexts).systems[0]
         return {name: measured[name].score() if name in measured else None for name in metrics}
 
 
 def e2e_scores(
-    references: list[list[str]], hypotheses: list[str], metrics: Iterable[str] = E2E
+    references: list[list[str]],
+    hypotheses: list[str],
+    metrics: Iterable[str] = E2E,
+    contexts: Sequence[str] | None = None,
 ) -> dict[str, float | None]:
-    """The scores that tuetschek/e2e-metrics prints with `-p`; None where Java is missing.
-
-    BLEU, METEOR and ROUGE_L are fractions, NIST and CIDEr raw.
-    """
-    return _scores("e2e", references, hypotheses, tuple(metrics))
+    """The scores that tuetschek/e2e-metrics prints with `-p`, and SER and coverage of the contexts
+    (or MRs) if asked for; None where Java is missing. NIST and CIDEr are raw, others fractions."""
+    return _scores("e2e", references, hypotheses, tuple(metrics), contexts)
 
 
 def webnlg_scores(
-    references: list[list[str]], hypotheses: list[str], metrics: Iterable[str] = WEBNLG
+    references: list[list[str]],
+    hypotheses: list[str],
+    metrics: Iterable[str] = WEBNLG,
+    contexts: Sequence[str] | None = None,
 ) -> dict[str, float | None]:
     """The scores of WebNLG/GenerationEval as fractions, for texts that are already lower-cased and
-    spaced as the task wants them (`texts.prepare`); None where Java is missing."""
-    return _scores("webnlg", references, hypotheses, tuple(metrics))
+    spaced as the task needs them (`texts.prepare`), and coverage if asked for with the contexts;
+    None where Java is missing."""
+    return _scores("webnlg", references, hypotheses, tuple(metrics), contexts)
 
 
 def segment_scores(

@@ -256,3 +256,12 @@ def test_p_values_equal_sacrebleus_paired_bootstrap():
 def test_a_system_against_itself_is_not_significant():
     scores = bootstrap.resampled_scores(mean_of([0.1, 0.5, 0.9]), 50)
     assert bootstrap.p_value(scores, scores, 0.0) == pytest.approx(1 / 51)
+
+
+def test_slot_errors_and_coverage_need_contexts():
+    references, texts = [["Aromi is a pub."], ["Cocum is cheap."]], ["Aromi is a pub.", "Cocum."]
+    contexts = ["name : Aromi | Type : pub", "name : Cocum | price : cheap"]
+    both = ("SER", "coverage")
+    assert e2e_scores(references, texts, both, contexts) == {"SER": 1 / 4, "coverage": 3 / 4}
+    assert e2e_scores(references, texts, both) == {"SER": None, "coverage": None}
+    assert webnlg_scores(references, texts, ["coverage"], contexts) == {"coverage": 3 / 4}

@@ -11,6 +11,10 @@
     python convert_adapter.py --adapter gpt2_md_lora_e2e.pt --lora_alpha 32 \\
         --init_checkpoint gpt2-medium --to peft --output e2e-peft
 
+    python convert_adapter.py --average runs/a runs/b runs/c --init_checkpoint gpt2-medium \\
+        --to safetensors --output mean.safetensors    the mean of several adapters
+    python convert_adapter.py ... --to peft --push_to_hub OWNER/NAME    onto the hub, with its card
+
 Reads all of these: a work_dir, a .safetensors file made here, a .pt file of the original code or
 of the package loralib (neither says its alpha), a PEFT folder. What an adapter computes with its
 base stays the same; merged weights are summed in fp32. Files hold tensors only: nothing is
@@ -21,7 +25,8 @@ import argparse
 from pathlib import Path
 
 import checkpoints
-from checkpoints.export import WRITERS, load_for_export
+from checkpoints import card, hub
+from checkpoints.export import WRITERS, load_average, load_for_export, write_card
 from common.errors import Parser
 from common.errors import run as run_program
 from model import MODEL_CARDS
@@ -30,7 +35,9 @@ from model import MODEL_CARDS
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--adapter", required=True, help="adapter file, a run's work_dir, or a PEFT folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--adapter", help="adapter file, a run's work_dir, or a PEFT folder")
+    source.add_argument("--average", nargs="+", metavar="ADAPTER", help="write the mean of these")
     add("--init_checkpoint", required=True, help="the adapter's base: name, file or folder")
     add("--to", required=True, choices=sorted(WRITERS), help="the format to write")
     add("--output", required=True, help="file (safetensors, pt) or folder (peft, merged) to write")
@@ -38,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_card", help=f"{', '.join(MODEL_CARDS)} (default: the adapter's, or the base's)")
     add("--lora_dim", type=int, help="default: the adapter's")
     add("--lora_alpha", type=float, help="default: the adapter's; .pt files do not say it")
+    add("--scores", help="result of eval.evaluate --json, for the model card")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload the export and its card there")
+    add("--private", action="store_true", help="make the repository on the hub a private one")
     add("--allow_other_base", action="store_true", help="than the adapter was trained on")
     return parser
 
@@ -45,18 +55,33 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the program with the given or the command line's arguments."""
     args = build_parser().parse_args(argv)
-    adapter = load_for_export(
-        checkpoints.read_base(args.init_checkpoint),
-        args.adapter,
-        args.vocab,
-        allow_other_base=args.allow_other_base,
-        lora_dim=args.lora_dim,
-        lora_alpha=args.lora_alpha,
-        model_card=args.model_card,
-    )
-    WRITERS[args.to](adapter, Path(args.output))
+    if args.push_to_hub:
+        hub.check_push(args.push_to_hub)
+    origin = card.Origin() if args.average else card.read_origin(args.adapter, args.scores)
+    base = checkpoints.read_base(args.init_checkpoint)
+    if args.average:
+        adapter = load_average(base, args.average, args.vocab)
+    else:
+        adapter = load_for_export(
+            base,
+            args.adapter,
+            args.vocab,
+            allow_other_base=args.allow_other_base,
+            lora_dim=args.lora_dim,
+            lora_alpha=args.lora_alpha,
+            model_card=args.model_card,
+        )
+    output = Path(args.output)
+    written = WRITERS[args.to](adapter, output)
+    name = args.push_to_hub or output.name
+    text = card.model_card(adapter.header, args.to, name, origin)
+    card_path = write_card(output, text)
     rank = f", r {adapter.header.lora.r}" if adapter.header.lora else ""
-    print(f"{args.adapter} ({adapter.header.kind}{rank}) written to {args.output}")
+    source = args.adapter or f"The mean of {len(args.average)} adapters"
+    print(f"{source} ({adapter.header.kind}{rank}) written to {output}; model card: {card_path}")
+    if args.push_to_hub:
+        files = {path.name: path for path in written} | {"README.md": card_path}
+        print(f"Pushed to {hub.push(files, args.push_to_hub, args.private)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ What an adapter computes with its base stays the same; merged weights are summed
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,59 @@ def complete(
     return header
 
 
-def write_safetensors(adapter: LoadedAdapter, path: Path) -> None:
+def load_average(
+    base: BaseWeights, paths: Sequence[str], vocab: str | None = None
+) -> LoadedAdapter:
+    """The mean of LoRA adapters of the same layers of one base: its update is exactly the mean of
+    theirs, its rank the sum of their ranks.
+
+    Raises:
+        InputError: there are fewer than two, one is not plain LoRA, or they differ in their layers
+            or their base.
+    """
+    if len(paths) < 2:
+        raise InputError(f"--average takes at least two adapters, got {len(paths)}")
+    headers, tensors = [], []
+    for path in paths:
+        adapter = load_for_export(base, path)
+        if adapter.header.kind != "lora":
+            raise InputError(
+                f"--average {path} is {adapter.header.kind}; only plain LoRA adapters have a mean "
+                "that is one, so average merged weights in its place"
+            )
+        headers.append(adapter.header)
+        tensors.append(adapter.tensors)
+    configs = [header.lora for header in headers if header.lora]
+    if differing := {config.targets for config in configs} - {configs[0].targets}:
+        raise InputError(
+            f"--average: the adapters are on {', '.join(configs[0].targets)} and on "
+            f"{', '.join(min(differing))}; all must be on the same layers"
+        )
+    try:
+        mean = lora.merge_adapters(
+            tensors, [config.scaling for config in configs], [1 / len(paths)] * len(paths)
+        )
+    except ValueError as error:
+        raise InputError(f"--average: {error}") from error
+    rank = sum(config.r for config in configs)
+    config = lora.LoraConfig(rank, float(rank), targets=configs[0].targets)
+    vocabularies = {header.vocabulary for header in headers}
+    header = AdapterHeader(
+        config,
+        headers[0].base,
+        model_card=headers[0].model_card,
+        vocabulary=vocabularies.pop() if len(vocabularies) == 1 else None,
+    )
+    model = assemble(base, header, mean, "the average")
+    return LoadedAdapter(model, header, mean, vocab)
+
+
+def write_safetensors(adapter: LoadedAdapter, path: Path) -> list[Path]:
     save_adapter(path, adapter.tensors, adapter.header)
+    return [path]
 
 
-def write_pt(adapter: LoadedAdapter, path: Path) -> None:
+def write_pt(adapter: LoadedAdapter, path: Path) -> list[Path]:
     """Write the original's file: adapters of q and v by name, without their alpha."""
     config, kind = adapter.header.lora, adapter.header.kind
     if config is None or kind not in ("lora", "lora_fa") or config.targets != ("q", "v"):
@@ -82,9 +130,10 @@ def write_pt(adapter: LoadedAdapter, path: Path) -> None:
         file.write(data.getbuffer())
     alpha = config.scaling * config.r
     print(f"Decode it with --lora_dim {config.r} --lora_alpha {alpha:g}: the file says neither")
+    return [path]
 
 
-def write_peft(adapter: LoadedAdapter, folder: Path) -> None:
+def write_peft(adapter: LoadedAdapter, folder: Path) -> list[Path]:
     """Write a folder for PEFT."""
     if adapter.header.lora is None:
         raise InputError(
@@ -95,9 +144,10 @@ def write_peft(adapter: LoadedAdapter, folder: Path) -> None:
     config_name, tensors_name = PEFT_FILES
     write_tensors(folder / tensors_name, tensors, metadata)
     write_json(folder / config_name, config)
+    return [folder / config_name, folder / tensors_name]
 
 
-def write_merged(adapter: LoadedAdapter, folder: Path) -> None:
+def write_merged(adapter: LoadedAdapter, folder: Path) -> list[Path]:
     """Write a folder for transformers, with the tokenizer's files where the vocabulary is given."""
     config, end_of_text = adapter.model.config, None
     if adapter.vocab:
@@ -129,10 +179,11 @@ def write_merged(adapter: LoadedAdapter, folder: Path) -> None:
         "dtype": "float32",
     }
     write_json(folder / "config.json", settings)
+    written = [folder / "config.json", folder / "model.safetensors"]
     if adapter.vocab:
-        write_tokenizer(adapter.vocab, folder, config.n_positions)
-    else:
-        print(f"Without --vocab {folder} has no tokenizer files")
+        return written + write_tokenizer(adapter.vocab, folder, config.n_positions)
+    print(f"Without --vocab {folder} has no tokenizer files")
+    return written
 
 
 def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
@@ -148,7 +199,7 @@ def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
     return state
 
 
-def write_tokenizer(vocab: str, folder: Path, window: int) -> None:
+def write_tokenizer(vocab: str, folder: Path, window: int) -> list[Path]:
     """Write the vocabulary under transformers' names, and as one tokenizer.json."""
     for path, name in zip(vocabulary_files(vocab), ("vocab.json", "merges.txt"), strict=True):
         with path.open("rb") as source, replacing(folder / name, "wb") as target:
@@ -160,6 +211,16 @@ def write_tokenizer(vocab: str, folder: Path, window: int) -> None:
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": window}
     write_json(folder / "tokenizer_config.json", settings | {"add_prefix_space": False} | special)
+    names = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+    return [folder / name for name in names]
+
+
+def write_card(path: Path, text: str) -> Path:
+    """Write a model card: README.md in the folder of an export, or a file's name with .md."""
+    card = path / "README.md" if path.is_dir() else path.with_suffix(".md")
+    with replacing(card) as file:
+        file.write(text)
+    return card
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -168,7 +229,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         file.write(safetensors.torch.save(state, metadata))
 
 
-WRITERS: dict[str, Callable[[LoadedAdapter, Path], None]] = {
+WRITERS: dict[str, Callable[[LoadedAdapter, Path], list[Path]]] = {
     "safetensors": write_safetensors,
     "pt": write_pt,
     "peft": write_peft,

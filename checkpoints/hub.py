@@ -1,4 +1,5 @@
-"""GPT-2's published weights by name: `gpt2-medium`, or `gpt2-medium@REVISION`.
+"""The Hugging Face hub: GPT-2's published weights by name, `gpt2-medium` or `gpt2-medium@REVISION`,
+and the place for exports.
 
 They come from the Hugging Face hub (`$HF_ENDPOINT` stands in for it) into its cache (`$HF_HOME`);
 a broken transfer is taken up again. The hub names each file by its checksum, which is verified.
@@ -7,6 +8,7 @@ a broken transfer is taken up again. The hub names each file by its checksum, wh
 import contextlib
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -55,6 +57,48 @@ def _download(name: str, revision: str) -> Path:
             f"{name} is not in the cache and cannot be downloaded ({reason}); put "
             f"{constants.ENDPOINT}/{repository}/resolve/{revision}/{FILE} to {FOLDER / name / FILE}"
         ) from error
+
+
+def check_push(repository: str) -> None:
+    """Refuse, before anything is computed, what cannot be pushed to.
+
+    Raises:
+        InputError: `repository` is not OWNER/NAME, or nobody is logged in.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(f"--push_to_hub {repository!r} is not OWNER/NAME: {error}") from error
+    if repository.count("/") != 1:
+        raise InputError(f"--push_to_hub {repository} is not OWNER/NAME; name the owner, too")
+    if get_token() is None:
+        raise InputError("--push_to_hub: nobody is logged in; run `hf auth login` or set HF_TOKEN")
+
+
+def push(files: Mapping[str, Path], repository: str, private: bool = False) -> str:
+    """Upload files, by their name there, into a model repository, which is made where there is
+    none; returns its address.
+
+    Raises:
+        InputError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
+
+    api = HfApi(endpoint=constants.ENDPOINT)
+    operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+    try:
+        _reach(constants.ENDPOINT)
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_commit(repository, operations, commit_message=f"Upload {', '.join(files)}")
+    except Exception as error:  # whatever the network and its libraries raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(
+            f"--push_to_hub {repository}: {reason}; the files are written, push them again later"
+        ) from error
+    return f"{constants.ENDPOINT}/{repository}"
 
 
 def _reach(address: str) -> None:

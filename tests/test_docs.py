@@ -30,6 +30,8 @@ LEFT_OUT = {
     "LR=5e-3 bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
     "python -m experiments.soak --steps 2000 --kills 20": "tests/test_soak.py",
     "python -m data.make_base mini": "trains for half an hour",
+    "python convert_adapter.py --adapter runs/e2e --init_checkpoint gpt2-medium --to peft --output "
+    "e2e-peft --scores scores.json --push_to_hub OWNER/NAME": "tests/test_hand_on.py",
     "python -m experiments.tables": "tests/test_tables.py",
     "python -m data.clean_e2e e2e/train.txt.gz train.jsonl --official devel-fixed.no-ol.csv.gz "
     "--without devel-fixed.no-ol.csv.gz test-fixed.csv.gz": "tests/test_clean_e2e.py",

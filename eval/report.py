@@ -231,8 +231,9 @@ def main(argv: list[str] | None = None) -> None:
         "systems": [{"name": name, "file": file} for name, file in files.items()],
     }
     references = [item.references for item in items]
+    contexts = [item.context for item in items]
     with coco.Meteor() as meteor:
-        measured = measure(args.task, references, systems, args.metrics, meteor)
+        measured = measure(args.task, references, systems, args.metrics, meteor, contexts)
         result = evaluate.result_of(
             args.task, args.metrics, items, systems, measured, samples=args.bootstrap
         )

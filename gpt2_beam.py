@@ -25,15 +25,19 @@ from tqdm import tqdm
 import checkpoints
 import gpu
 from checkpoints import AdapterHeader
+from checkpoints.base import BaseWeights
 from common.errors import InputError
 from common.errors import run as run_program
-from common.files import read_json_lines, replacing
+from common.files import replacing
 from common.process_group import naming_lost_ranks
+from data.fields import add_fields_flag
 from data_utils import (
     END_OF_TEXT,
-    FT_Dataset,
+    Rows,
     default_end_ids,
     load_tokenizer,
+    read_rows,
+    repeats_ngram,
     vocabulary_fingerprint,
 )
 from decoding.beam_search import Hypothesis, SearchSettings, beam_search
@@ -44,6 +48,7 @@ ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"
 GPT2_VOCABULARY = 50257
 GPT2_END_IDS = [50256, 628]  # end of text, blank line
+NGRAM_SIZE = SearchSettings.no_repeat_ngram_size
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left"
 
 Context = tuple[int, ...]
@@ -56,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     gpu.add_gpu_params(parser)
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="JSONL with a context in each row, text or token ids")
+    add("--data", help="JSONL, JSON, CSV or TSV with a context in each row (docs/data.md)")
+    add_fields_flag(add)
     add("--vocab", help="folder of the vocabulary; needed for text, in and out")
     add("--seq_len", type=int, help="room for context and output (default: the model's window)")
     add("--batch_size", type=int, default=16, help="contexts searched at once; no effect on texts")
@@ -76,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--search", choices=("original", "hf"), default="original", help="hf: as transformers")
     add("--beam", type=int, default=10, help="default: %(default)s")
     add("--length_penalty", type=float, default=0.8, help="larger favours longer (default: 0.8)")
-    add("--no_repeat_ngram_size", type=int, default=4, help="0 to allow all (default: 4)")
+    add("--no_repeat_ngram_size", type=int, help=f"0 to allow all (default: {NGRAM_SIZE})")
     add("--repetition_penalty", type=float, default=1.0, help="1 for none (default: 1)")
     add("--min_length", type=int, default=0, help="in generated tokens (default: 0)")
     add("--eval_len", type=int, default=64, help="most generated tokens (default: 64)")
@@ -109,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.vocab = args.vocab or str(ROOT / sample["vocab"])
         args.model_card = args.model_card or sample["model_card"]
     if not args.data:
-        raise InputError("--data is missing; give a JSONL file with a context in each row")
+        raise InputError("--data is missing; give a file with a context in each row")
     for name in ("batch_size", "beam", "eval_len", "num_return_sequences"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -137,20 +143,48 @@ def name_adapters(given: list[str] | None) -> dict[str | None, str | None]:
     return {None: None} | named
 
 
-def tasks_of_rows(args: argparse.Namespace) -> list[str | None]:
+def read_data(
+    args: argparse.Namespace,
+    runtime: Runtime,
+    tokenizer: Tokenizer | None,
+    base: BaseWeights,
+) -> Rows:
+    """The rows of the data, read and encoded once; says which columns were recognised, and warns
+    of completions that the default ban of n-grams would not let be written."""
+    rows = read_rows(
+        args.data,
+        tokenizer,
+        vocab_size=base.vocab_size,
+        need_completion=False,
+        fields=args.fields,
+        also=["task"] if len(args.adapters) > 1 else [],
+    )
+    if runtime.rank == 0:
+        print(f"{args.data}: {len(rows):,} rows ({rows.source})")
+        banned = sum(repeats_ngram(row.completion.tolist(), NGRAM_SIZE) for row in rows)
+        if banned and args.no_repeat_ngram_size is None:
+            print(
+                f"warning: {banned:,} completions of the data repeat {NGRAM_SIZE} tokens in a row, "
+                "which decoding will not; --no_repeat_ngram_size 0 allows it",
+                file=sys.stderr,
+            )
+    return rows
+
+
+def tasks_of_rows(args: argparse.Namespace, rows: Rows) -> list[str | None]:
     """Which adapter each row of the data asks for."""
-    rows = read_json_lines(args.data)
     if len(args.adapters) == 1:
         return [None] * len(rows)
-    for number, row in enumerate(rows, start=1):
-        task = row.get("task", "")
+    for index, also in enumerate(rows.also):
+        task = also.get("task", "")
         if not isinstance(task, str | None) or task not in args.adapters:
             names = ", ".join(filter(None, args.adapters))
-            raise InputError(
-                f"{args.data}, line {number}: task {task!r} is none of the adapters ({names}) nor "
-                "null, which is the base alone"
+            raise rows.error(
+                index,
+                f"task {task!r:.40} is none of the adapters ({names}) nor null, which is the base "
+                "alone",
             )
-    return [row["task"] for row in rows]
+    return [also["task"] for also in rows.also]
 
 
 def check_vocabulary(
@@ -198,42 +232,32 @@ def search_settings(
             file=sys.stderr,
         )
     names = SearchSettings.__dataclass_fields__.keys() - {"end_ids"}
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
-        return SearchSettings(
-            end_ids=tuple(dict.fromkeys(end_ids)), **{name: getattr(args, name) for name in names}
-        )
+        return SearchSettings(end_ids=tuple(dict.fromkeys(end_ids)), **given)
     except ValueError as error:
         raise InputError(f"--{error}") from error
 
 
-def load_contexts(
-    args: argparse.Namespace, runtime: Runtime, tokenizer: Tokenizer | None, model: GPT2LMModel
+def cut_contexts(
+    args: argparse.Namespace, runtime: Runtime, rows: Rows, window: int
 ) -> list[Context]:
     """The context of each row as token ids; those too long lose their head, and are counted."""
-    window = model.config.n_positions
-    args.seq_len = args.seq_len or window
-    if args.seq_len > window:
-        raise InputError(f"--seq_len {args.seq_len} is above the model's {window}")
-    if args.eval_len >= args.seq_len:
+    seq_len = args.seq_len or window
+    if seq_len > window:
+        raise InputError(f"--seq_len {seq_len} is above the model's {window}")
+    if args.eval_len >= seq_len:
         raise InputError(
-            f"--eval_len {args.eval_len} leaves no room for a context in --seq_len {args.seq_len}"
+            f"--eval_len {args.eval_len} leaves no room for a context in --seq_len {seq_len}"
         )
-    data = FT_Dataset(
-        args.data,
-        args.batch_size,
-        args.seq_len,
-        args.eval_len,
-        tokenizer=tokenizer,
-        vocab_size=model.config.vocab_size,
-        need_completion=False,
-    )
-    cut = sum(len(row.context) > data.max_query_length for row in data.rows)
+    most = seq_len - args.eval_len
+    cut = int((rows.lengths[:, 0] > most).sum())
     if cut and runtime.rank == 0:
         print(
-            f"{cut} of {len(data)} contexts are longer than --seq_len {args.seq_len} less "
-            f"--eval_len {args.eval_len}; only their last {data.max_query_length} tokens count"
+            f"{cut} of {len(rows)} contexts are longer than --seq_len {seq_len} less --eval_len "
+            f"{args.eval_len}; only their last {most} tokens count"
         )
-    return [tuple(data[i]["query"].tolist()) for i in range(len(data))]
+    return [tuple(row.context[-most:].tolist()) for row in rows]
 
 
 def search_contexts(
@@ -277,14 +301,15 @@ def describe(hypothesis: Hypothesis, tokenizer: Tokenizer | None) -> dict:
 
 def write_predictions(
     args: argparse.Namespace,
+    rows: Rows,
     found: list[list[Hypothesis]],
     tokenizer: Tokenizer | None,
 ) -> None:
     """One JSON object a row, in the order of the data, with its context as it is there."""
     with replacing(args.output_file) as file:
-        for number, row in enumerate(read_json_lines(args.data)):
+        for number, context in enumerate(rows.contexts):
             best = [describe(hypothesis, tokenizer) for hypothesis in found[number]]
-            prediction = {"id": number, "context": row["context"]} | best[0]
+            prediction = {"id": number, "context": context} | best[0]
             if args.num_return_sequences > 1:
                 prediction["n_best"] = best
             file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
@@ -301,7 +326,8 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
     if not args.init_checkpoint:
         raise InputError("--init_checkpoint is missing: an adapter means nothing without its base")
     base = checkpoints.read_base(args.init_checkpoint)
-    tasks = tasks_of_rows(args)
+    rows = read_data(args, runtime, tokenizer, base)
+    tasks = tasks_of_rows(args, rows)
     best: list[list[Hypothesis]] = [[]] * len(tasks)
     searches, seconds = 0, 0.0
     for task in dict.fromkeys(tasks):
@@ -317,22 +343,22 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
         if tokenizer is not None:
             check_vocabulary(args, tokenizer, model, header)
         settings = search_settings(args, runtime, tokenizer, model.config.vocab_size)
-        contexts = load_contexts(args, runtime, tokenizer, model)
+        contexts = cut_contexts(args, runtime, rows, model.config.n_positions)
         if runtime.precision == "fp32":
             model.pack()
         else:
             checkpoints.merge(model)
-        rows = [number for number, name in enumerate(tasks) if name == task]
+        numbers = [number for number, name in enumerate(tasks) if name == task]
         started = time.perf_counter()
         found = search_contexts(
-            args, runtime, model, [contexts[number] for number in rows], settings
+            args, runtime, model, [contexts[number] for number in numbers], settings
         )
         seconds += time.perf_counter() - started
         searches += len(found)
-        for number in rows:
+        for number in numbers:
             best[number] = found[contexts[number]]
     if runtime.rank == 0:
-        write_predictions(args, best, tokenizer)
+        write_predictions(args, rows, best, tokenizer)
         unfinished = sum(not hypotheses[0].finished for hypotheses in best)
         print(
             f"{len(best):,} rows, {searches:,} distinct contexts, "

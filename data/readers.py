@@ -52,7 +52,7 @@ class DataFile:
     Args:
         fields: what `--fields` says; None to recognise the columns by their names.
         need_completion: without it `completion` is None where it is absent or empty.
-        also: columns to read beside the two sides; None where they are absent.
+        also: columns to read beside the two sides, where they are there.
 
     Raises:
         InputError: names file, line and column, and says what to do.
@@ -233,9 +233,8 @@ class DataFile:
             context, completion = self._context(row), self._completion(row)
         except ValueError as error:
             raise self.error(line, number, str(error)) from error
-        return Record(
-            line, number, context, completion, {name: row.get(name) for name in self.also}
-        )
+        also = {name: row[name] for name in self.also if name in row}
+        return Record(line, number, context, completion, also)
 
     def _context(self, row: Mapping[str, Any]) -> Side:
         assert self.fields is not None

@@ -69,7 +69,8 @@ fine_tune() { # FOLDER SEED [FLAG]...
 
 decode() { # FOLDER LENGTH_PENALTY
   "${launch[@]}" gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$1/train" \
-    --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$2" --output_file "$1/beam.$2.jsonl"
+    --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$2" \
+    --no_repeat_ngram_size 4 --output_file "$1/beam.$2.jsonl"
 }
 
 score() { # FOLDER LENGTH_PENALTY NAME [FLAG]...

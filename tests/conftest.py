@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def random_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def through_a_pipe(path: Path) -> Path:
+    """A FIFO to which a thread writes a file's content, once."""
+    pipe = path.with_name(f"{path.name}.pipe")
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=(path.read_bytes(),)).start()
+    return pipe
 
 
 @dataclass

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import POSITIONS, ROOT, VOCABULARY, Tiny, finish, random_rows, start, write_rows
+from conftest import (
+    POSITIONS,
+    ROOT,
+    VOCABULARY,
+    Tiny,
+    finish,
+    random_rows,
+    start,
+    through_a_pipe,
+    write_rows,
+)
 
 import checkpoints
 import gpt2_beam
@@ -185,7 +195,8 @@ def test_given_end_ids_replace_the_default_and_a_missing_trained_one_is_named(
 
 def test_the_defaults_are_the_published_settings(tiny: Tiny) -> None:
     args = gpt2_beam.parse_args(["--data", "x", "--init_checkpoint", "y"])
-    assert (args.beam, args.length_penalty, args.no_repeat_ngram_size) == (10, 0.8, 4)
+    assert (args.beam, args.length_penalty, gpt2_beam.NGRAM_SIZE) == (10, 0.8, 4)
+    assert args.no_repeat_ngram_size is None  # which leaves it to SearchSettings
     assert (args.eval_len, args.min_length, args.repetition_penalty) == (64, 0, 1.0)
     assert args.output_file == str(Path("runs") / "predictions.jsonl")
 
@@ -261,7 +272,7 @@ def test_a_repetition_penalty_prints_nothing_of_its_own(
     plain = capsys.readouterr()
     decode(tiny, "--repetition_penalty", 1.3)
     penalised = capsys.readouterr()
-    assert penalised.out.count("\n") == plain.out.count("\n") == 1
+    assert penalised.out.count("\n") == plain.out.count("\n") == 2
     assert penalised.err == plain.err == ""
 
 
@@ -278,9 +289,42 @@ def test_the_command_line_prints_one_line_and_exits_2_where_it_cannot_go_on(nano
     argv = beam_argv(nano, "--eval_len", 4)
     code, out, err = finish(start(["-W", "error", ROOT / "gpt2_beam.py", *argv]))
     assert (code, err) == (0, "")
-    assert out.startswith("8 rows, 4 distinct contexts")
-    assert out.count("\n") == 1
+    assert "8 rows, 4 distinct contexts" in out
+    assert out.count("\n") == 2
     code, out, err = finish(start([ROOT / "gpt2_beam.py", *argv, "--beam", 0]))
     assert (code, out) == (2, "")
     assert err.startswith("error: --beam 0")
     assert err.count("\n") == 1
+
+
+def test_data_may_come_through_a_pipe_for_they_are_read_once(tiny: Tiny) -> None:
+    rows = rows_with_repeats()
+    expected = decode(tiny, rows=rows)
+    pipe = through_a_pipe(tiny.folder / "test.jsonl")
+    gpt2_beam.main(beam_argv(tiny, "--data", pipe))
+    assert read(tiny.folder / "predictions.jsonl") == expected
+
+
+def test_completions_that_the_default_ban_cannot_write_give_a_warning(
+    tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [
+        {"context": [1, 2], "completion": [1, 2, 3, 4, 5, 1, 2, 3, 4]},
+        {"context": [1, 2], "completion": [1, 2, 3, 4, 1, 2, 3]},
+        {"context": [7, 7, 7, 7, 7]},
+    ]
+    decode(tiny, rows=rows)
+    warning = "warning: 1 completions of the data repeat 4 tokens in a row"
+    assert capsys.readouterr().err.startswith(warning)
+    decode(tiny, "--no_repeat_ngram_size", 4, rows=rows)
+    assert "repeat" not in capsys.readouterr().err
+
+
+def test_other_columns_of_other_forms_give_the_same_predictions(tiny: Tiny) -> None:
+    rows = rows_with_repeats()
+    expected = decode(tiny, rows=rows)
+    renamed = [{"id": 5, "question": row["context"], "prompt": "x"} for row in rows]
+    path = tiny.folder / "test.json"
+    path.write_text(json.dumps(renamed), encoding="utf-8")
+    gpt2_beam.main(beam_argv(tiny, "--data", path, "--fields", "question"))
+    assert read(tiny.folder / "predictions.jsonl") == expected

@@ -1,5 +1,6 @@
 """One step and one epoch: weighting, accumulation, clipping, bad steps, validation, the oracle."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Tiny, random_rows, write_rows
+from conftest import ROOT, Tiny, random_rows, refusal, through_a_pipe, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.amp import GradScaler
@@ -263,6 +264,30 @@ def test_schedule_moves_once_per_step_whatever_the_accumulation(tiny: Tiny) -> N
         for record in records
         if record["kind"] == "train"
     )
+
+
+def test_training_data_through_a_pipe_give_the_files_adapter_to_the_byte(tiny: Tiny) -> None:
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    pipe = through_a_pipe(tiny.folder / "train.jsonl")
+    gpt2_ft.main(tiny.argv("piped", "--max_step", 3, "--train_data", pipe))
+    adapters = [tiny.folder / run / "model.3.safetensors" for run in ("run", "piped")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    header, _ = checkpoints.read_adapter(adapters[1])
+    data = (tiny.folder / "train.jsonl").read_bytes()
+    assert header.train_data == hashlib.sha256(data).hexdigest()
+
+
+def test_columns_named_by_flag_are_part_of_the_runs_settings(
+    tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"a": row["context"], "b": row["completion"], "c": [1]} for row in random_rows(21)]
+    path = tiny.folder / "other.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    flags = ("--train_data", path, "--valid_data", path, "--max_step", 3)
+    gpt2_ft.main(tiny.argv("run", *flags, "--fields", "a:b"))
+    assert f"{path}: 21 rows (JSON array, a -> b)" in capsys.readouterr().out
+    err = refusal(tiny.argv("run", *flags, "--fields", "a:c", "--resume", "auto"), capsys)
+    assert "fields changed since the run was started (fields was a:b, is a:c)" in err
 
 
 def test_joint_loss_counts_the_context_too(tiny: Tiny) -> None:

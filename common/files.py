@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import InputError
-from common.json_text import parse_json
+from common.json_text import JSONFault, parse_json
 from common.text_files import TextFile
 
 
@@ -63,16 +63,21 @@ def read_json_lines(path: str | Path) -> list[dict]:
     Raises:
         InputError: names file and line of what is not one JSON object in UTF-8.
     """
+    return [row for _, row in numbered_json_lines(path)]
+
+
+def numbered_json_lines(path: str | Path) -> list[tuple[int, dict]]:
+    """The same with the number of each object's line."""
     rows = []
     with TextFile(path) as text:
         for line in filter(str.strip, text.lines()):
             try:
                 row = parse_json(line)
-            except ValueError as error:
-                raise text.error(str(error)) from error
+            except JSONFault as fault:
+                raise text.error(str(fault)) from fault
             if not isinstance(row, dict):
                 raise text.error(f"expected an object, found {row!r:.60}")
-            rows.append(row)
+            rows.append((text.line, row))
     if not rows:
         raise InputError(f"{path} is empty; it needs one JSON object a line")
     return rows

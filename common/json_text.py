@@ -1,5 +1,4 @@
-"""JSON values of a text, and the elements of an array one at a time; every fault is a ValueError
-whose text says what it is."""
+"""JSON values of a text, and the elements of an array one at a time."""
 
 import json
 import re
@@ -11,17 +10,28 @@ from common.text_files import LONGEST_LINE, TextFile
 BLANKS = re.compile(r"[ \t\r\n]*")
 
 
+class JSONFault(ValueError):
+    """What keeps a text from being JSON: its syntax, a key that an object names twice, or a depth
+    or a number beyond what can be read. `line` is where, counted from 1."""
+
+    def __init__(self, reason: str, line: int = 1) -> None:
+        super().__init__(f"not JSON ({reason})")
+        self.line = line
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, nested too deeply, or names a key twice.
+        JSONFault: it is none.
     """
     try:
         return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg}, character {error.colno}"
+        raise JSONFault(reason, error.lineno) from error
     except (ValueError, RecursionError) as error:
-        place = f", character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"not JSON ({_fault(error)}{place})") from error
+        raise JSONFault(_reason(error)) from error
 
 
 class JSONArray:
@@ -37,7 +47,7 @@ class JSONArray:
         self._at = 0
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Raises ValueError, with `line` that of the fault."""
+        """Raises JSONFault."""
         self._take("[")
         closed = self._next() == "]"
         while not closed:
@@ -48,7 +58,7 @@ class JSONArray:
                 self._take(",")
         self._take("]")
         if self._next():
-            raise ValueError("not JSON (text after the end of the array)")
+            raise JSONFault("text after the end of the array", self.line)
 
     def _next(self) -> str:
         """The next character that is not blank, "" at the end of the text."""
@@ -60,7 +70,7 @@ class JSONArray:
     def _take(self, mark: str) -> None:
         found = self._next()
         if found != mark:
-            raise ValueError(f"not JSON (expected {mark!r}, found {found or 'the end'!r})")
+            raise JSONFault(f"expected {mark!r}, found {found or 'the end'!r}", self.line)
         self._go(self._at + 1)
 
     def _element(self) -> Any:
@@ -72,7 +82,7 @@ class JSONArray:
                 if len(self._text) - self._at <= LONGEST_LINE and self._read():
                     continue
                 self._go(getattr(error, "pos", self._at))
-                raise ValueError(f"not JSON ({_fault(error)})") from error
+                raise JSONFault(_reason(error), self.line) from error
             self._go(end)
             return value
 
@@ -87,7 +97,7 @@ class JSONArray:
         return bool(chunk)
 
 
-def _fault(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     if isinstance(error, RecursionError):

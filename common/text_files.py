@@ -101,7 +101,7 @@ class TextFile:
             for mark, kind, remedy in NOT_TEXT:
                 if head.startswith(mark):
                     raise InputError(f"{self.path} is {kind}; {remedy}")
-            if 0 in head[:2]:
+            if b"\0\0" in (head[:4:2], head[1:4:2]):
                 raise InputError(f"{self.path} is text in UTF-16 or no text at all; {UTF_8}")
             self.head = head.removeprefix(b"\xef\xbb\xbf")
             # Bytes that are not UTF-8 become lone surrogates, which `_checked` finds.

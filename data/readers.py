@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.json_text import JSONArray, parse_json
+from common.json_text import JSONArray, JSONFault, parse_json
 from common.text_files import PANDAS, TextFile
 from data.fields import COMPLETIONS, OWN, parse_fields, recognise, sides
 
@@ -120,17 +120,17 @@ class DataFile:
         for line in filter(str.strip, text.lines()):
             try:
                 yield text.line, parse_json(line)
-            except ValueError as error:
+            except JSONFault as fault:
                 hint = "; an object stands on one line" if line.strip() in "{[" else ""
-                raise self.error(text.line, 0, f"{error}{hint}") from error
+                raise self.error(text.line, 0, f"{fault}{hint}") from fault
 
     def _array(self, text: TextFile) -> Iterator[Located]:
-        array, number = JSONArray(text), 0
+        number = 0
         try:
-            for number, located in enumerate(array, start=1):  # noqa: B007
+            for number, located in enumerate(JSONArray(text), start=1):  # noqa: B007
                 yield located
-        except ValueError as error:
-            raise self.error(array.line, number + 1, str(error)) from error
+        except JSONFault as fault:
+            raise self.error(fault.line, number + 1, str(fault)) from fault
 
     def _objects(self, values: Iterable[Located]) -> Iterator[Located]:
         """The values, which must be objects, and have no sides that the first one has not."""

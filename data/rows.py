@@ -1,42 +1,31 @@
 """Reading raw data files, plain or gzipped, and writing JSON lines: shared by the converters."""
 
 import argparse
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
 from common.files import replacing
+from common.json_text import JSONFault, parse_json
+from common.text_files import TextFile
 
 Row = dict[str, Any]
 
 
 def read_text(path: str | Path) -> str:
-    """The whole file as text: UTF-8, unpacked when it starts as a gzip file does.
-
-    Raises InputError naming the file when it is missing, cut off or not UTF-8.
-    """
-    try:
-        raw = Path(path).read_bytes()
-        if raw.startswith(b"\x1f\x8b"):
-            raw = gzip.decompress(raw)
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 ({error.reason}); re-save it") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    """The whole file as text; InputError names file and line where it is none."""
+    with TextFile(path) as text:
+        return text.read()
 
 
 def read_json(path: str | Path) -> Any:
-    """The file's one JSON value; InputError names file and line of a syntax error."""
+    """The file's one JSON value; InputError names file and line where it is none."""
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+        return parse_json(read_text(path))
+    except JSONFault as fault:
+        raise InputError(f"{path}, line {fault.line}: {fault}") from fault
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import replacing
+from common.text_files import TextFile
 from eval.texts import Item, warn
 
 
@@ -19,11 +20,8 @@ def _write(path: str | Path, text: str) -> None:
 def _lines(path: str | Path) -> list[str]:
     """The stripped lines of a file. Only a newline ends a line, and one at the end of the file
     starts no further line; other line breaks within a line become spaces."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    with TextFile(path) as file:
+        text = file.read()
     lines = text.removesuffix("\n").split("\n") if text else []
     return [" ".join(line.splitlines()).strip() for line in lines]
 

@@ -206,7 +206,7 @@ def test_one_item_gets_a_warning_about_cider(tmp_path, capsys):
         (["--metrics", "bleu,spice"], "spice: task e2e has bleu, nist, meteor, rouge_l, cider"),
         (["--ref_num", "0"], "--ref_num 0 is too small"),
         (["--bootstrap", "-1"], "--bootstrap -1 is too small"),
-        (["--compare", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--compare", "nowhere.txt"], "nowhere.txt cannot be read"),
     ],
 )
 def test_wrong_arguments_are_one_clear_sentence(e2e, more, message):

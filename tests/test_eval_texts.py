@@ -197,6 +197,11 @@ def open_lines(path: str) -> list[str]:
         return file.read().splitlines()
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "hyp.txt").write_bytes(b"\xef\xbb\xbfAn inn .\r\nA pub .\n")
+    assert official.read_hypotheses(tmp_path / "hyp.txt") == ["An inn .", "A pub ."]
+
+
 def test_files_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(InputError, match="no file .*none0"):
         official.read_webnlg_references(str(tmp_path / "none"))
@@ -211,7 +216,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         official.check_counts(items, ["x", "y", "z", "w", "v"], "refs", "hyp")
     with pytest.raises(InputError, match="item 1 has no reference"):
         official.check_counts([Item("", [])], ["x"], "refs", "hyp")
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="cannot be read"):
         official.read_hypotheses(tmp_path / "nowhere.txt")
 
 

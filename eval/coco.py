@@ -8,8 +8,10 @@ the functions raise `JavaError` with what Java said.
 import shutil
 import subprocess
 import tempfile
+import threading
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO, Self
 
 import numpy as np
 
@@ -20,10 +22,12 @@ METEOR_VERSION, METEOR_FLAGS = "1.5", "-l en -norm"
 _CHUNKS = 20
 _ROW = [0, 1, _CHUNKS, 21, 22]
 ENCODING = "-Dfile.encoding=UTF-8"  # the jars would take the locale's
+JAVA_SECONDS = 300.0  # that an answer may take; METEOR's first one takes 10 to 20
+MOST_METEOR_PAIRS = 1_000_000  # words of the output x words of a reference: up to ten seconds
 
 
 class JavaError(Unscored):
-    """Java is missing or failed; the text is the reason."""
+    """Java is missing, failed or did not answer; the text is the reason."""
 
 
 def _java() -> str:
@@ -50,12 +54,18 @@ def ptb_tokenize(texts: list[str]) -> list[str]:
 
     jar = _jar("tokenizer/stanford-corenlp-3.4.1.jar")
     command = [_java(), ENCODING, "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer"]
-    run = subprocess.run(
-        [*command, "-preserveLines", "-lowerCase"],
-        input="\n".join(" ".join(text.splitlines()) for text in texts) + "\n",
-        capture_output=True,
-        encoding="utf-8",
-    )
+    try:
+        run = subprocess.run(
+            [*command, "-preserveLines", "-lowerCase"],
+            input="\n".join(" ".join(text.splitlines()) for text in texts) + "\n",
+            capture_output=True,
+            encoding="utf-8",
+            timeout=JAVA_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise JavaError(f"the PTB tokenizer did not answer within {JAVA_SECONDS:g} s") from error
+    except OSError as error:
+        raise JavaError(f"{command[0]} cannot be started: {error.strerror}") from error
     lines = run.stdout.split("\n")[:-1]
     if run.returncode or len(lines) != len(texts):
         message = run.stderr.strip() or f"{len(lines)} lines for {len(texts)} texts"
@@ -75,20 +85,25 @@ class Meteor:
     """METEOR 1.5 as a running jar, used in a `with` block. Starting it takes seconds, so it starts
     on first use, or ahead of it by `start`, and serves all systems, subsets and samples."""
 
-    def __init__(self):
-        self._process: subprocess.Popen | None = None
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._errors: IO[str] | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
-        if self._process is not None:
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._errors is not None:
             self._process.kill()
             self._process.communicate()
             self._errors.close()
 
     def start(self) -> None:
-        """Start the jar without waiting for it."""
+        """Start the jar without waiting for it.
+
+        Raises:
+            JavaError: there is no Java, or it cannot be started.
+        """
         if self._process is not None:
             return
         # The parallel collector loads the paraphrase table a fifth faster than Java's default.
@@ -96,40 +111,63 @@ class Meteor:
         command = [_java(), *options, "-jar", _jar("meteor/meteor-1.5.jar")]
         # A pipe that nobody reads would fill up and stop Java.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [*command, "-", "-", "-stdio", *METEOR_FLAGS.split()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            encoding="utf-8",
-        )
+        try:
+            self._process = subprocess.Popen(
+                [*command, "-", "-", "-stdio", *METEOR_FLAGS.split()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                encoding="utf-8",
+            )
+        except OSError as error:
+            raise JavaError(f"{command[0]} cannot be started: {error.strerror}") from error
 
     def _ask(self, line: str, answers: int) -> list[str]:
         """Send one request line; return its answer lines."""
         self.start()
+        process, late = self._process, threading.Event()
+        assert process and process.stdin and process.stdout
+
+        def give_up() -> None:
+            late.set()
+            process.kill()  # which ends the wait for its answer
+
+        watch = threading.Timer(JAVA_SECONDS, give_up)
+        watch.start()
+        lines = [""]
         try:
-            print(line, file=self._process.stdin, flush=True)
-        except OSError as error:
-            raise self._failure() from error
-        lines = [self._process.stdout.readline().strip() for _ in range(answers)]
+            print(line, file=process.stdin, flush=True)
+            lines = [process.stdout.readline().strip() for _ in range(answers)]
+        except OSError:
+            pass  # it has stopped, as the missing answer shows
+        finally:
+            watch.cancel()
         if "" in lines:
-            raise self._failure()
+            raise self._failure(process, late.is_set())
         return lines
 
-    def _failure(self) -> JavaError:
+    def _failure(self, process: subprocess.Popen[str], is_late: bool) -> JavaError:
+        if is_late:
+            return JavaError(f"METEOR's jar did not answer within {JAVA_SECONDS:g} s")
         try:
-            code = self._process.wait(timeout=5)
+            code = process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+            process.kill()
+            code = process.wait()
+        assert self._errors
         self._errors.seek(0)
         said = self._errors.read().strip() or "it said nothing"
         return JavaError(f"METEOR's jar stopped (exit code {code}): {said}")
 
     def measure(self, references: list[list[str]], hypotheses: list[str]) -> Measure:
-        """METEOR of tokenized texts; the score of a corpus is that of its summed counts."""
+        """METEOR of tokenized texts; the score of a corpus is that of its summed counts.
+
+        Raises:
+            Unscored: names the item whose texts are too long for it, or is a JavaError.
+        """
         rows = []
-        for texts, hypothesis in zip(references, hypotheses, strict=True):
+        for number, (texts, hypothesis) in enumerate(zip(references, hypotheses, strict=True), 1):
+            _check_length(number, texts, hypothesis)
             # The best reference counts, so a second copy of one changes nothing but the time.
             fields = [*dict.fromkeys(texts), hypothesis]
             line = " ||| ".join(["SCORE", *map(_one_field, fields)])
@@ -146,6 +184,15 @@ class Meteor:
         counts = " ".join(str(float(value)) for value in sums)
         _, final = self._ask(f"EVAL ||| {counts}", answers=2)
         return float(final)
+
+
+def _check_length(number: int, references: list[str], hypothesis: str) -> None:
+    own, longest = len(hypothesis.split()), max(len(text.split()) for text in references)
+    if own * longest > MOST_METEOR_PAIRS:
+        raise Unscored(
+            f"item {number} has an output of {own} words and a reference of {longest}, and it "
+            f"compares at most {MOST_METEOR_PAIRS:,} pairs of words"
+        )
 
 
 def _one_field(text: str) -> str:

@@ -1,8 +1,9 @@
-"""Score outputs as the official programs of E2E, WebNLG and DART do.
+"""Score outputs as the official programs of E2E, WebNLG and DART do, or those of your own data.
 
+    python -m eval.evaluate --data test.jsonl --predictions predictions.jsonl
+    python -m eval.evaluate --task e2e --data test.jsonl --predictions predictions.jsonl
     python -m eval.evaluate --task e2e --references refs.txt --hypotheses hyp.txt --json out.json
     python -m eval.evaluate --task webnlg --references STEM --hypotheses hyp.txt
-    python -m eval.evaluate --task e2e --data test.jsonl --predictions predictions.jsonl
 
 Exit code 0; 1 if a metric named with --metrics has no score; 2 for an input that must be mended.
 docs/metrics.md says how each number arises.
@@ -13,37 +14,55 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from common.errors import InputError, run
+from common.errors import InputError, Parser, run
 from common.files import replacing, write_json
+from data.fields import add_fields_flag
 from eval import bootstrap, coco, official, tables, texts
 from eval.coverage import variety
 from eval.measure import Measure
 from eval.metrics import METRICS, OF_INPUTS, Measured, measure, sacrebleu_scores
 from eval.slots import counts_of
 from eval.texts import Item, warn
+from eval.tokens import TOKENIZERS
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is scored, and how."""
     add = parser.add_argument
-    add("--task", choices=METRICS, required=True)
-    add("--references", help="e2e: reference file; webnlg, dart: STEM of STEM0, STEM1, ...")
-    add("--hypotheses", help="outputs, one a line")
-    add("--inputs", help="inputs, one a line, for SER, coverage and the report")
-    add("--data", help="JSONL that was decoded, in place of --references")
-    add("--predictions", help="JSONL of gpt2_beam.py, in place of --hypotheses")
+    add("--task", choices=METRICS, default="own", help="whose scores (default: own, any data)")
     add("--vocab", help="folder of the vocabulary, if the data hold token ids")
-    add("--ref_num", type=int, help="use the first so many references of an item (default: all)")
+    add_fields_flag(add)
+    add("--ref_num", type=int, help="use the first N references of an item (default: all)")
     add("--metrics", help="comma-separated, as bleu,nist,ter (default: all of the task)")
+    add(
+        "--tokenize",
+        choices=TOKENIZERS,
+        help="tokens of BLEU and NIST and words of chrF++ (default: those of the task); zh or char "
+        "for texts without blanks",
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", metavar="FILE", help="data that were decoded: JSONL, JSON, CSV or TSV")
+    add("--predictions", metavar="FILE", help="JSONL of gpt2_beam.py for them")
+    add(
+        "--references",
+        metavar="PATH",
+        help="in place of --data: a file with a blank line after the references of each item; "
+        "webnlg, dart: STEM of STEM0, STEM1, ...",
+    )
+    add("--hypotheses", metavar="FILE", help="in place of --predictions: outputs, one per line")
+    add("--inputs", metavar="FILE", help="inputs, one per line, for SER, coverage and the report")
+    add_scoring_flags(parser)
     add("--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals from N samples")
     add("--compare", metavar="FILE", help="outputs of a second system, like the first's file")
     add("--report", metavar="FILE", help="write the worst and best items, side by side")
-    add("--report_items", type=int, default=10, help="how many of each")
+    add("--report_items", type=int, default=10, help="how many of each (default: 10)")
     add("--json", metavar="FILE", help="write the result")
     add("--write_references", metavar="PATH", help="write the references in the official form")
-    add("--write_hypotheses", metavar="PATH", help="write the outputs, one a line")
+    add("--write_hypotheses", metavar="PATH", help="write the outputs, one per line")
     return parser
 
 
@@ -79,14 +98,19 @@ def named_metrics(task: str, given: str | None) -> tuple[str, ...]:
 
 
 def load_data(
-    task: str, data: str, predictions: Iterable[str], vocab: str | None = None
+    task: str,
+    data: str,
+    predictions: Iterable[str],
+    vocab: str | None = None,
+    fields: str | None = None,
 ) -> tuple[list[Item], list[list[str]]]:
     """The items of a data file, and the outputs of each predictions file for them.
 
     Raises:
         InputError: names the file, and the line or ids that do not fit.
     """
-    rows = texts.read_data(data, vocab)
+    rows = texts.read_data(data, vocab, fields)
+    texts.warn_of_cuts(rows, task)
     items = texts.group(rows, task)
     systems = [texts.outputs(items, texts.read_predictions(p, rows), task) for p in predictions]
     return items, systems
@@ -95,10 +119,10 @@ def load_data(
 def _load_files(args: argparse.Namespace) -> tuple[list[Item], list[list[str]]]:
     paths = list(filter(None, (args.hypotheses, args.compare)))
     systems = [official.read_hypotheses(path) for path in paths]
-    if args.task == "e2e":
-        items = official.read_e2e_references(args.references, len(systems[0]))
-    else:
+    if args.task in ("webnlg", "dart"):
         items = official.read_webnlg_references(args.references)
+    else:
+        items = official.read_e2e_references(args.references, len(systems[0]))
     for path, hypotheses in zip(paths, systems, strict=True):
         official.check_counts(items, hypotheses, args.references, path)
     if args.inputs:
@@ -156,9 +180,11 @@ def result_of(
     *,
     left_out: int = 0,
     samples: int = 0,
+    tokenize: str | None = None,
 ) -> dict:
     """Scores, counts and, for `samples` > 0, intervals of the first system as JSON, and what
     compares a second one with it; docs/metrics.md says what the fields hold."""
+    references = [item.references for item in items]
     counts = [len(item.references) for item in items]
     result = {
         "scores": _scores(measured, 0, wanted),
@@ -168,8 +194,10 @@ def result_of(
         "references_per_item": [min(counts), max(counts)],
         "references_left_out": left_out,
         "reasons": measured.reasons,
-        "sacrebleu": sacrebleu_scores([i.references for i in items], systems[0], wanted),
+        "sacrebleu": sacrebleu_scores(references, systems[0], wanted, tokenize),
     }
+    if tokenize:
+        result["tokenize"] = tokenize
     if "METEOR" in measured.systems[0]:
         result["meteor"] = {"version": coco.METEOR_VERSION, "flags": coco.METEOR_FLAGS}
     result |= _of_texts(items, systems[0], measured.systems[0])
@@ -190,7 +218,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     JSON with `scores` first: fractions, but NIST and CIDEr raw, None with a reason in `reasons`."""
     if args.data:
         predictions = filter(None, (args.predictions, args.compare))
-        items, systems = load_data(args.task, args.data, predictions, args.vocab)
+        items, systems = load_data(args.task, args.data, predictions, args.vocab, args.fields)
     else:
         items, systems = _load_files(args)
     given = sum(len(item.references) for item in items)
@@ -201,6 +229,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     wanted = args.metrics
     if not args.asked and not any(contexts):
         wanted = tuple(name for name in wanted if name not in OF_INPUTS)
+    texts.warn_of_unspaced(references, args.tokenize)
     if "CIDEr" in wanted and len(items) < 2:
         warn("CIDEr of fewer than two items is 0, however good they are")
     if args.write_references:
@@ -208,7 +237,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.write_hypotheses:
         official.write_hypotheses(args.write_hypotheses, systems[0])
     with coco.Meteor() as meteor:
-        measured = measure(args.task, references, systems, wanted, meteor, contexts)
+        measured = measure(args.task, references, systems, wanted, meteor, contexts, args.tokenize)
         result = result_of(
             args.task,
             wanted,
@@ -217,6 +246,7 @@ def evaluate(args: argparse.Namespace) -> dict:
             measured,
             left_out=given - sum(map(len, references)),
             samples=args.bootstrap,
+            tokenize=args.tokenize,
         )
         if args.report:
             text = tables.segments_text(items, systems, measured.systems, args.report_items)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 
-class Unscored(Exception):
-    """A metric has no score here; the text is the reason."""
+class Unscored(RuntimeError):
+    """A metric has no score for these texts; the error's own text is the reason."""
 
 
 @dataclass(frozen=True)

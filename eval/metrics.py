@@ -18,8 +18,14 @@ from eval.texts import named
 
 E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 WEBNLG = ("BLEU", "METEOR", "TER", "chrF++")
+OWN = ("BLEU", "chrF++", "METEOR")
 OF_INPUTS = ("SER", "coverage")  # whether texts are true to their inputs
-METRICS = {"e2e": (*E2E, *OF_INPUTS)} | dict.fromkeys(("webnlg", "dart"), (*WEBNLG, "coverage"))
+METRICS = {
+    "e2e": (*E2E, *OF_INPUTS),
+    "webnlg": (*WEBNLG, "coverage"),
+    "dart": (*WEBNLG, "coverage"),
+    "own": (*OWN, "coverage"),
+}
 LOWER_IS_BETTER = {"TER", "SER"}
 
 Makers = dict[str, Callable[[list[str]], Measure]]
@@ -33,8 +39,8 @@ class Measured:
     reasons: dict[str, str]
 
 
-def _e2e_makers(references: list[list[str]], meteor: coco.Meteor) -> Makers:
-    counts = cache(lambda: mteval.count_references(references))
+def _e2e_makers(references: list[list[str]], meteor: coco.Meteor, tokenize: str | None) -> Makers:
+    counts = cache(lambda: mteval.count_references(references, tokenize or "13a"))
     words = cache(lambda: coco.ptb_tokenize_groups(references))
     own_words = cache(lambda hypotheses: coco.ptb_tokenize(list(hypotheses)))
     return {
@@ -46,15 +52,28 @@ def _e2e_makers(references: list[list[str]], meteor: coco.Meteor) -> Makers:
     }
 
 
-def _webnlg_makers(references: list[list[str]], meteor: coco.Meteor) -> Makers:
+def _webnlg_makers(
+    references: list[list[str]], meteor: coco.Meteor, tokenize: str | None
+) -> Makers:
     spaced = cache(webnlg.word_tokens)
     words = cache(lambda: [[spaced(text) for text in texts] for texts in references])
     return {
-        "BLEU": lambda texts: webnlg.bleu(references, texts),
+        "BLEU": lambda texts: webnlg.bleu(references, texts, tokenize or "13a"),
         "METEOR": lambda texts: meteor.measure(words(), [spaced(text) for text in texts]),
         "TER": lambda texts: webnlg.ter(words(), [spaced(text) for text in texts]),
-        "chrF++": lambda texts: webnlg.chrf(references, texts),
+        "chrF++": lambda texts: webnlg.chrf(references, texts, tokenize),
     }
+
+
+def _own_makers(references: list[list[str]], meteor: coco.Meteor, tokenize: str | None) -> Makers:
+    """As WebNLG's, with BLEU and chrF++ as sacreBLEU has them by default."""
+    return _webnlg_makers(references, meteor, tokenize) | {
+        "BLEU": lambda texts: webnlg.bleu(references, texts, tokenize or "13a", smooth="exp"),
+        "chrF++": lambda texts: webnlg.chrf(references, texts, tokenize, eps_smoothing=False),
+    }
+
+
+MAKERS = {"e2e": _e2e_makers, "webnlg": _webnlg_makers, "dart": _webnlg_makers, "own": _own_makers}
 
 
 def _slot_error_rate(contexts: Sequence[str], texts: list[str]) -> Measure:
@@ -100,18 +119,20 @@ def measure(
     wanted: Iterable[str],
     meteor: coco.Meteor,
     contexts: Sequence[str] | None = None,
+    tokenize: str | None = None,
 ) -> Measured:
     """Measure each system (one text per item) against the references (texts by item).
 
-    `wanted` are names from `METRICS[task]`; a metric whose Java part fails, or that the contexts
-    (one per item) do not fit, gets a reason in place of measures; without contexts the metrics
-    `OF_INPUTS` are left out. `meteor` must stay open while METEOR's measures are in use.
+    `wanted` are names from `METRICS[task]`; a metric that cannot score these texts, or that the
+    contexts (one per item) do not fit, gets a reason in place of measures; without contexts the
+    metrics `OF_INPUTS` are left out. `meteor` must stay open while METEOR's measures are in use.
+    `tokenize` names the tokens of BLEU and NIST and the words of chrF++, if not those of the task.
 
     Raises:
         InputError: the numbers of texts do not fit.
     """
     _check(references, systems)
-    makers = (_e2e_makers if task == "e2e" else _webnlg_makers)(references, meteor)
+    makers = MAKERS[task](references, meteor, tokenize)
     if contexts is None:
         wanted = [name for name in wanted if name not in OF_INPUTS]
     else:
@@ -133,7 +154,13 @@ def measure(
     )
 
 
-def _scores(task, references, hypotheses, metrics, contexts) -> dict[str, float | None]:
+def _scores(
+    task: str,
+    references: list[list[str]],
+    hypotheses: list[str],
+    metrics: tuple[str, ...],
+    contexts: Sequence[str] | None,
+) -> dict[str, float | None]:
     with coco.Meteor() as meteor:
         measured = measure(task, references, [hypotheses], metrics, meteor, contexts).systems[0]
         return {name: measured[name].score() if name in measured else None for name in metrics}
@@ -172,13 +199,20 @@ def segment_scores(
 
 
 def sacrebleu_scores(
-    references: list[list[str]], hypotheses: list[str], wanted: Iterable[str]
-) -> dict[str, dict]:
-    """sacreBLEU's own BLEU and chrF++ with its default settings, as fractions, each with the
-    signature under which it can be cited, where they are `wanted` (its TER takes minutes)."""
+    references: list[list[str]],
+    hypotheses: list[str],
+    wanted: Iterable[str],
+    tokenize: str | None = None,
+) -> dict[str, dict[str, float | str]]:
+    """sacreBLEU's own BLEU and chrF++ with its default settings, BLEU by the tokens of `tokenize`,
+    as fractions, each with the signature under which it can be cited, where they are `wanted`
+    (its TER takes minutes)."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    classes = {"BLEU": lambda: BLEU(force=True), "chrF++": lambda: CHRF(word_order=2)}
+    classes = {
+        "BLEU": lambda: BLEU(force=True, tokenize=tokenize),
+        "chrF++": lambda: CHRF(word_order=2),
+    }
     scores = {}
     for name in [name for name in wanted if name in classes]:
         metric = classes[name]()

@@ -8,11 +8,11 @@ an output is its length - n + 1 even where that is negative, and an empty output
 import math
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
 from eval.measure import Measure, sentence_bleu
+from eval.tokens import tokenizer
 
 BLEU_ORDER, NIST_ORDER = 4, 5
 # The official program bounds hits and totals from below in place of smoothing.
@@ -20,19 +20,13 @@ LEAST_HITS, LEAST_TOTAL, LEAST_LENGTH = 1e-15, 1e-9, 1e-5
 # A system of 2/3 of the reference length gets half the NIST score.
 NIST_BETA = -math.log(0.5) / math.log(1.5) ** 2
 
-Ngrams = Counter  # tuple of tokens -> count
+Ngrams = Counter[tuple[str, ...]]  # tokens -> count
 
 
-@cache
-def _tokenizer():
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-    return Tokenizer13a()
-
-
-def tokens(text: str) -> list[str]:
-    """mteval-13a tokens in lower case; `[""]` for an empty text."""
-    return _tokenizer()(text).lower().split(" ")
+def tokens(text: str, tokenize: str = "13a") -> list[str]:
+    """Tokens in lower case, mteval-13a's or those of another of `TOKENIZERS`; `[""]` for an empty
+    text."""
+    return tokenizer(tokenize)(text).lower().split() or [""]
 
 
 def _ngrams(words: list[str], most: int) -> Ngrams:
@@ -48,21 +42,23 @@ class ReferenceCounts:
     """What BLEU and NIST need of the references, counted once for all systems.
 
     `largest[i]` holds each n-gram's largest count in one reference of item i, `lengths[i]` the
-    references' lengths in tokens, `total` the counts over all references (`()`: all tokens).
+    references' lengths in tokens, `total` the counts over all references (`()`: all tokens), by
+    the tokenizer `tokenize`.
     """
 
     largest: list[Ngrams]
     lengths: list[list[int]]
     total: Ngrams
+    tokenize: str
 
 
-def count_references(references: list[list[str]]) -> ReferenceCounts:
+def count_references(references: list[list[str]], tokenize: str = "13a") -> ReferenceCounts:
     """Count the n-grams (n <= 5) of all references, given as texts by item."""
-    counts = ReferenceCounts([], [], Counter())
+    counts = ReferenceCounts([], [], Counter(), tokenize)
     for texts in references:
         largest: Ngrams = Counter()
         lengths = []
-        for words in map(tokens, texts):
+        for words in (tokens(text, tokenize) for text in texts):
             ngrams = _ngrams(words, NIST_ORDER)
             largest |= ngrams
             counts.total.update(ngrams)
@@ -91,7 +87,7 @@ def bleu(references: ReferenceCounts, hypotheses: list[str]) -> Measure:
     for largest, lengths, text in zip(
         references.largest, references.lengths, hypotheses, strict=True
     ):
-        words = tokens(text)
+        words = tokens(text, references.tokenize)
         hits = [0] * BLEU_ORDER
         for ngram, count in _ngrams(words, BLEU_ORDER).items():
             hits[len(ngram) - 1] += min(count, largest[ngram])
@@ -113,7 +109,7 @@ def nist(references: ReferenceCounts, hypotheses: list[str]) -> Measure:
     for largest, lengths, text in zip(
         references.largest, references.lengths, hypotheses, strict=True
     ):
-        words = tokens(text)
+        words = tokens(text, references.tokenize)
         gains = [0.0] * NIST_ORDER
         for ngram, count in _ngrams(words, NIST_ORDER).items():
             if matches := min(count, largest[ngram]):

@@ -20,7 +20,7 @@ from common.errors import InputError, Parser, run
 from common.files import replacing
 from eval import coco, evaluate, tables, texts
 from eval.coverage import missing_values, values
-from eval.metrics import LOWER_IS_BETTER, METRICS, Measured, measure
+from eval.metrics import LOWER_IS_BETTER, Measured, measure
 from eval.slots import parse_meaning, slot_errors
 from eval.texts import EMPTY_OUTPUT, Item
 
@@ -174,8 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", choices=METRICS, required=True)
-    add("--data", required=True, help="JSONL that was decoded")
+    add("--data", required=True, help="data that were decoded: JSONL, JSON, CSV or TSV")
     add(
         "--predictions",
         nargs="+",
@@ -184,11 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSONL of gpt2_beam.py, of one system or of two (default name: that of the file)",
     )
     add("--html", required=True, metavar="FILE", help="page to write")
-    add("--vocab", help="folder of the vocabulary, if the data hold token ids")
-    add(
-        "--ref_num", type=int, help="score against the first N references of an item (default: all)"
-    )
-    add("--metrics", help="comma-separated, as bleu,ter (default: all of the task)")
+    evaluate.add_scoring_flags(parser)
     add(
         "--bootstrap",
         type=int,
@@ -223,7 +218,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse_args(argv)
     files = args.predictions
-    items, systems = evaluate.load_data(args.task, args.data, files.values(), args.vocab)
+    items, systems = evaluate.load_data(
+        args.task, args.data, files.values(), args.vocab, args.fields
+    )
     if args.ref_num:
         items = texts.limit_references(items, args.ref_num)
     about = {
@@ -232,11 +229,15 @@ def main(argv: list[str] | None = None) -> None:
     }
     references = [item.references for item in items]
     contexts = [item.context for item in items]
+    texts.warn_of_unspaced(references, args.tokenize)
     with coco.Meteor() as meteor:
-        measured = measure(args.task, references, systems, args.metrics, meteor, contexts)
-        result = evaluate.result_of(
-            args.task, args.metrics, items, systems, measured, samples=args.bootstrap
+        measured = measure(
+            args.task, references, systems, args.metrics, meteor, contexts, args.tokenize
         )
+        result = evaluate.result_of(
+            args.task, args.metrics, items, systems, measured,
+            samples=args.bootstrap, tokenize=args.tokenize,
+        )  # fmt: skip
         shown = content(items, systems, measured, result, about)
     with replacing(args.html) as file:
         file.write(page(shown))

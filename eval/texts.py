@@ -1,8 +1,9 @@
 """Data rows and predictions -> items with references, and one output text for each item.
 
-The original's decode step (microsoft/LoRA, gpt2_decode.py) sets the rules: references are grouped
-by context in order of first appearance; a text ends at `<|endoftext|>` or at a blank line;
-WebNLG and DART texts are lower-cased and get spaces around every character that is no word's.
+The original's decode step (microsoft/LoRA, gpt2_decode.py) sets the rules of the benchmarks: a text
+ends at `<|endoftext|>` or at a blank line; WebNLG and DART texts are lower-cased and get spaces
+around every character that is not part of a word. Texts of other data (task `own`) are kept whole.
+In every task references are grouped by context, in order of first appearance.
 """
 
 import re
@@ -12,13 +13,41 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from common.errors import InputError
-from common.files import read_json_lines
+from common.files import numbered_json_lines
+from data.readers import DataFile
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "\n\n")  # where the texts of the benchmarks end
+BENCHMARKS = ("e2e", "webnlg", "dart")
 # Stands for an output without text, where a blank line could be taken for no item at all. It is one
 # token to every tokenizer used here, as an empty line is to BLEU and NIST, and in no reference.
 EMPTY_OUTPUT = "emptyoutput"
+# Thai and Lao, Burmese, Khmer, kana, Chinese characters: scripts without blanks between words.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+)
+LONGEST_UNSPACED_WORD = 5  # characters of a word, on average, where such a text has been segmented
+
+
+@dataclass(frozen=True)
+class Row:
+    """A data row: its texts, and its context as the file has it, a text or token ids."""
+
+    context: str
+    completion: str
+    key: str | tuple[int, ...]
+    seen: bool | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An output text, and the context that its file gives for it, if any."""
+
+    text: str
+    context: str | tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +71,18 @@ def named(numbers: list, most: int = 5) -> str:
     return ", ".join(map(str, numbers[:most])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def clean(text: str) -> str:
-    """The text up to its end mark or a blank line, on one line."""
-    text = text.split(END_OF_TEXT)[0].split("\n\n")[0]
+def without_mark(text: str) -> str:
+    """The text without the end mark that may close it; a mark within it is a part of it."""
+    return text.strip().removesuffix(END_OF_TEXT).strip()
+
+
+def clean(text: str, task: str) -> str:
+    """The text on one line: up to its first end in the benchmarks, whole in other tasks."""
+    if task in BENCHMARKS:
+        for end in ENDS:
+            text = text.split(end)[0]
+    else:
+        text = without_mark(text)
     return " ".join(line for part in text.splitlines() if (line := part.strip()))
 
 
@@ -56,19 +94,17 @@ def fold(text: str) -> str:
 
 def prepare(text: str, task: str) -> str:
     """The text as the task's scorers read it."""
-    text = clean(text)
-    if task == "e2e":
-        return text
-    return " ".join(re.sub(r"(\W)", r" \1 ", text.lower()).split())
+    text = clean(text, task)
+    if task in ("webnlg", "dart"):
+        return " ".join(re.sub(r"(\W)", r" \1 ", text.lower()).split())
+    return text
 
 
-def _rows(path: str | Path, needed: tuple[str, ...]) -> list[dict]:
-    """The objects of a JSONL file, each with the `needed` keys."""
-    rows = read_json_lines(path)
-    for number, row in enumerate(rows, start=1):
-        if missing := [name for name in needed if name not in row]:
-            raise InputError(f"{path}, line {number}: there is no {missing[0]!r} in this object")
-    return rows
+@cache
+def _tokenizer(vocab: str) -> Tokenizer:
+    from data_utils import load_tokenizer
+
+    return load_tokenizer(vocab)
 
 
 @cache
@@ -77,50 +113,72 @@ def _decode(ids: tuple[int, ...], vocab: str) -> str:
     size = tokenizer.get_vocab_size()
     if unknown := [token for token in ids if not 0 <= token < size]:
         raise InputError(f"token id {unknown[0]} is not among the {size} of vocabulary {vocab}")
-    return tokenizer.decode(list(ids))
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-@cache
-def _tokenizer(vocab: str):
-    from data_utils import load_tokenizer
+def _checked(field: object, where: str) -> str | tuple[int, ...]:
+    """The field, a text or token ids."""
+    if isinstance(field, list) and all(type(token) is int for token in field):
+        return tuple(field)
+    if not isinstance(field, str):
+        raise InputError(f"{where} is neither a text nor a list of token ids")
+    try:
+        field.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} holds a lone surrogate, which is not a character") from error
+    return field
 
-    return load_tokenizer(vocab)
 
-
-def _text(field: object, vocab: str | None, where: str) -> str:
+def _text(field: str | tuple[int, ...], vocab: str | None, where: str) -> str:
     if isinstance(field, str):
         return field
-    if not isinstance(field, list) or not all(isinstance(token, int) for token in field):
-        raise InputError(f"{where} is neither a text nor a list of token ids")
     if vocab is None:
         raise InputError(f"{where} holds token ids; name their vocabulary with --vocab DIR")
-    return _decode(tuple(field), vocab)
+    try:
+        return _decode(field, vocab)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
-def read_data(path: str | Path, vocab: str | None = None) -> list[dict]:
-    """Data rows (text or encoded JSONL) with `context` and `completion` as texts."""
-    rows = _rows(path, ("context", "completion"))
-    for number, row in enumerate(rows):
-        for name in ("context", "completion"):
-            row[name] = _text(row[name], vocab, f"{path}, line {number + 1}: {name}")
+def _seen(value: object, where: str) -> bool | None:
+    """The flag `seen` of a row; a table has it as text."""
+    flags = {None: None, "": None, "true": True, "false": False}
+    key = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(key, bool):
+        return key
+    if isinstance(key, list | dict) or key not in flags:
+        raise InputError(f"{where} is {value!r:.60}; it must be true or false")
+    return flags[key]
+
+
+def read_data(path: str | Path, vocab: str | None = None, fields: str | None = None) -> list[Row]:
+    """The rows of a data file, texts or token ids of the vocabulary; `fields` as `--fields`.
+
+    Raises:
+        InputError: names file and line of a field that is not what it should be.
+    """
+    rows = []
+    for record in DataFile(path, fields, also=("seen",)):
+        where = f"{path}, line {record.line}: "
+        context = _checked(record.context, f"{where}context")
+        completion = _checked(record.completion, f"{where}completion")
+        text = _text(context, vocab, f"{where}context")
+        reference = _text(completion, vocab, f"{where}completion")
+        rows.append(Row(text, reference, context, _seen(record.also["seen"], f"{where}seen")))
     return rows
 
 
-def _context(text: str) -> str:
-    return text.split(END_OF_TEXT)[0].strip()
-
-
-def group(rows: list[dict], task: str) -> list[Item]:
+def group(rows: list[Row], task: str) -> list[Item]:
     """One item per distinct context, in order of first appearance, with all its references.
 
     Empty references are left out, and so are items that have no other; both with a warning.
     """
-    items: dict[str, Item] = {}
+    items: dict[str | tuple[int, ...], Item] = {}
     empty = []
     for number, row in enumerate(rows):
-        context = _context(row["context"])
-        item = items.setdefault(context, Item(context, [], number, row.get("seen")))
-        if reference := prepare(row["completion"], task):
+        new = Item(without_mark(row.context), [], number, row.seen)
+        item = items.setdefault(row.key, new)
+        if reference := prepare(row.completion, task):
             item.references.append(reference)
         else:
             empty.append(number)
@@ -132,14 +190,55 @@ def group(rows: list[dict], task: str) -> list[Item]:
     return [item for item in items.values() if item.references]
 
 
-def read_predictions(path: str | Path, rows: list[dict]) -> list[dict]:
-    """The predictions of the data rows, in their order; each must be there exactly once."""
-    predictions: dict[int, dict] = {}
-    for prediction in _rows(path, ("id", "text")):
-        number = prediction["id"]
-        if number in predictions:
-            raise InputError(f"{path}: id {number} occurs twice; keep one prediction of it")
-        predictions[number] = prediction
+def warn_of_cuts(rows: list[Row], task: str) -> None:
+    """Warn where the task's rule cuts references within."""
+    if task not in BENCHMARKS:
+        return
+    bodies = (without_mark(row.completion) for row in rows)
+    cut = [number for number, text in enumerate(bodies) if any(end in text for end in ENDS)]
+    if cut:
+        warn(
+            f"{len(cut)} references hold a blank line or {END_OF_TEXT} and are scored up to there, "
+            f"by the rule of task {task} (rows {named(cut)}); --task own scores whole texts"
+        )
+
+
+def warn_of_unspaced(references: list[list[str]], tokenize: str | None) -> None:
+    """Warn where words are not set apart by blanks and would count as one token each."""
+    if tokenize in ("zh", "char"):
+        return
+    words = [word for texts in references for text in texts for word in text.split()]
+    unspaced = [word for word in words if UNSPACED.search(word)]
+    if len(unspaced) > len(words) / 2 and (
+        sum(map(len, unspaced)) > LONGEST_UNSPACED_WORD * len(unspaced)
+    ):
+        warn(
+            "the references set no blanks between words, so that a sentence counts as one token; "
+            "give --tokenize zh or --tokenize char, which BLEU, NIST and chrF++ obey (METEOR, "
+            "ROUGE_L and CIDEr are made for English)"
+        )
+
+
+def read_predictions(path: str | Path, rows: list[Row]) -> list[Prediction]:
+    """The predictions of the data rows, in their order; each must be there exactly once.
+
+    Raises:
+        InputError: names file and line of a prediction without id and text, or the ids of those
+            that are missing, occur twice, or belong to other data.
+    """
+    predictions: dict[int, Prediction] = {}
+    for line, found in numbered_json_lines(path):
+        where, row, context = f"{path}, line {line}: ", found.get("id"), found.get("context")
+        if type(row) is not int:
+            raise InputError(f"{where}id is {row!r:.60}; it must be a row's number, from 0")
+        if row in predictions:
+            raise InputError(f"{path}: id {row} occurs twice; keep one prediction of it")
+        if not isinstance(found.get("text"), str):
+            text = repr(found["text"])[:60] if "text" in found else "missing"
+            raise InputError(f"{where}text is {text}; it must be text, as gpt2_beam.py writes it")
+        text = str(_checked(found["text"], f"{where}text"))
+        checked = None if context is None else _checked(context, f"{where}context")
+        predictions[row] = Prediction(text, checked)
     missing = [number for number in range(len(rows)) if number not in predictions]
     if missing:
         raise InputError(f"{path}: no prediction for ids {named(missing)}; decode the data again")
@@ -153,14 +252,17 @@ def read_predictions(path: str | Path, rows: list[dict]) -> list[dict]:
     return [predictions[number] for number in range(len(rows))]
 
 
-def _is_of_another(prediction: dict, row: dict) -> bool:
-    context = prediction.get("context")
-    return isinstance(context, str) and _context(context) != _context(row["context"])
+def _is_of_another(prediction: Prediction, row: Row) -> bool:
+    if prediction.context is None or prediction.context == row.key:
+        return False
+    if isinstance(prediction.context, tuple):
+        return isinstance(row.key, tuple)
+    return without_mark(prediction.context) != without_mark(row.context)
 
 
-def outputs(items: list[Item], predictions: list[dict], task: str) -> list[str]:
+def outputs(items: list[Item], predictions: list[Prediction], task: str) -> list[str]:
     """The output of each item: the prediction of its first row, with a stand-in for no text."""
-    texts = [prepare(predictions[item.row]["text"], task) for item in items]
+    texts = [prepare(predictions[item.row].text, task) for item in items]
     if empty := [item.row for item, text in zip(items, texts, strict=True) if not text]:
         warn(f'{len(empty)} empty outputs count as "{EMPTY_OUTPUT}" (ids {named(empty)})')
     return [text or EMPTY_OUTPUT for text in texts]

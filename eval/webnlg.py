@@ -6,7 +6,11 @@ from itertools import zip_longest
 
 import numpy as np
 
-from eval.measure import Measure, mean_of, sentence_bleu
+from eval.measure import Measure, Unscored, mean_of, sentence_bleu
+from eval.tokens import tokenizer
+
+# An item of 30 words takes a few thousand steps; the limits let about ten seconds pass.
+MOST_TER_PAIRS, MOST_TER_STEPS = 4_000_000, 10_000_000
 
 
 def word_tokens(text: str) -> str:
@@ -30,19 +34,33 @@ def _from_sacrebleu(metric, references: list[list[str]], hypotheses: list[str], 
     )
 
 
-def bleu(references: list[list[str]], hypotheses: list[str]) -> Measure:
-    """BLEU-4 of multi-bleu-detok as a fraction: case-sensitive, 13a tokens, no smoothing."""
+def bleu(
+    references: list[list[str]], hypotheses: list[str], tokenize: str = "13a", smooth: str = "none"
+) -> Measure:
+    """BLEU-4 of multi-bleu-detok as a fraction: case-sensitive, 13a tokens, no smoothing; with
+    `smooth` "exp", sacreBLEU's own."""
     from sacrebleu.metrics import BLEU
 
-    metric = BLEU(tokenize="13a", smooth_method="none", force=True)
+    metric = BLEU(tokenize=tokenize, smooth_method=smooth, force=True)
     return _from_sacrebleu(metric, references, hypotheses, sentence_bleu)
 
 
-def chrf(references: list[list[str]], hypotheses: list[str]) -> Measure:
-    """chrF++ as a fraction: characters to 6, words to 2, beta 2."""
+def chrf(
+    references: list[list[str]],
+    hypotheses: list[str],
+    tokenize: str | None = None,
+    eps_smoothing: bool = True,
+) -> Measure:
+    """chrF++ as a fraction: characters to 6, words to 2, beta 2. The words are set apart by blanks,
+    or are the tokens of `tokenize`."""
     from sacrebleu.metrics import CHRF
 
-    return _from_sacrebleu(CHRF(word_order=2, eps_smoothing=True), references, hypotheses)
+    if tokenize:
+        spaced = tokenizer(tokenize)
+        references = [[spaced(text) for text in texts] for texts in references]
+        hypotheses = [spaced(text) for text in hypotheses]
+    metric = CHRF(word_order=2, eps_smoothing=eps_smoothing)
+    return _from_sacrebleu(metric, references, hypotheses)
 
 
 def _least_ter(hypothesis: list[str], reference: list[str]) -> float:
@@ -77,7 +95,11 @@ def edit_distance_to(reference: list[str]) -> Callable[[list[str]], int]:
 
 
 def _best_ter(hypothesis: list[str], references: list[list[str]]) -> float:
-    """The smallest TER by pyter's search for shifts, to which we give a faster edit distance."""
+    """The smallest TER by pyter's search for shifts, to which we give a faster edit distance.
+
+    Raises:
+        Unscored: the search would take minutes: its time grows with the fourth power of the length.
+    """
     from pyter import _ter
 
     bounds = sorted((_least_ter(hypothesis, words), words) for words in references)
@@ -85,15 +107,38 @@ def _best_ter(hypothesis: list[str], references: list[list[str]]) -> float:
     for bound, words in bounds:
         if bound >= best:
             break
-        best = min(best, _ter(hypothesis, words, edit_distance_to(words)))
+        if len(hypothesis) * len(words) > MOST_TER_PAIRS:
+            raise Unscored(f"its search compares at most {MOST_TER_PAIRS:,} pairs of words")
+        best = min(best, _ter(hypothesis, words, _bounded(edit_distance_to(words))))
     return best
 
 
+def _bounded(distance: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """The distance, up to `MOST_TER_STEPS` words in all its calls."""
+    left = MOST_TER_STEPS
+
+    def counted(words: list[str]) -> int:
+        nonlocal left
+        left -= len(words)
+        if left < 0:
+            raise Unscored(f"its search for shifts takes more than {MOST_TER_STEPS:,} steps")
+        return distance(words)
+
+    return counted
+
+
 def ter(references: list[list[str]], hypotheses: list[str]) -> Measure:
-    """TER of word-tokenized texts: the smallest over an item's references, mean over items."""
-    return mean_of(
-        [
-            _best_ter(text.split(), [words.split() for words in dict.fromkeys(texts)])
-            for texts, text in zip(references, hypotheses, strict=True)
-        ]
-    )
+    """TER of word-tokenized texts: the smallest over an item's references, mean over items.
+
+    Raises:
+        Unscored: names the item whose texts are too long for it.
+    """
+    values = []
+    for number, (texts, text) in enumerate(zip(references, hypotheses, strict=True), start=1):
+        try:
+            words = [reference.split() for reference in dict.fromkeys(texts)]
+            values.append(_best_ter(text.split(), words))
+        except Unscored as error:
+            length = len(text.split())
+            raise Unscored(f"item {number} has an output of {length} words, and {error}") from error
+    return mean_of(values)

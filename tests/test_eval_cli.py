@@ -148,6 +148,55 @@ def test_inputs_of_another_form_get_a_reason(e2e, tmp_path, capsys):
         assert f"SER is null: {reason}" in capsys.readouterr().out
 
 
+def test_contexts_with_end_marks_are_items_of_their_own_whose_scores_are_not_merged(tmp_path):
+    """Six encoded rows whose contexts begin with the mark; one output is right."""
+    vocabulary = tmp_path / "vocabulary"
+    vocabulary.mkdir()
+    letters = "abcdefghijkl"
+    entries = {"<|endoftext|>": 0, "Ġ": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
+    (vocabulary / "vocab.json").write_text(json.dumps(entries), encoding="utf-8")
+    (vocabulary / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    words = [f"{letters[i]} {letters[i + 1]} {letters[i + 2]} {letters[i + 3]}" for i in range(6)]
+    rows, predictions = [], []
+    for i, text in enumerate(words):
+        ids = [entries[{" ": "Ġ"}.get(letter, letter)] for letter in text]
+        context = [0, 2 + i, 0]
+        rows.append({"context": context, "completion": [*ids, 0]})
+        predictions.append({"id": i, "context": context, "text": words[0] if i == 0 else "x x x x"})
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    made = write_rows(tmp_path / "p.jsonl", predictions)
+    named = ["--data", str(data), "--predictions", str(made), "--vocab", str(vocabulary)]
+    result = result_of(["--task", "e2e", *named, *NO_JAVA], tmp_path)
+    assert (result["items"], result["references"]) == (6, 6)
+    assert result["scores"]["BLEU"] == pytest.approx(1 / 6)
+
+
+def test_data_that_are_no_benchmark_are_scored_whole_by_default(tmp_path, capsys):
+    rows = [{"prompt": f"q{i}", "response": f"one two three\n\nfour five {i}"} for i in range(3)]
+    made = [{"id": i, "text": "one two three"} for i in range(3)]
+    data, predictions = write_rows(tmp_path / "d.jsonl", rows), write_rows(tmp_path / "p", made)
+    named = ["--data", str(data), "--predictions", str(predictions)]
+    result = result_of([*named, "--metrics", "bleu,chrf++"], tmp_path)
+    assert result["task"] == "own" and result["scores"]["BLEU"] < 0.7
+    assert capsys.readouterr().err == ""
+    cut = result_of([*named, "--task", "e2e", "--metrics", "bleu"], tmp_path)
+    assert "3 references hold a blank line" in capsys.readouterr().err
+    assert cut["scores"]["BLEU"] == 0 or cut["scores"]["BLEU"] > result["scores"]["BLEU"]
+
+
+def test_other_tokens_may_be_named_and_stand_in_the_result(tmp_path, capsys):
+    rows = [{"context": "名称：蓝香料", "completion": "蓝香料是一家中餐馆，位于河边。"}]
+    made = [{"id": 0, "text": "蓝香料是一家中餐馆，在河边。"}]
+    data, predictions = write_rows(tmp_path / "d.jsonl", rows), write_rows(tmp_path / "p", made)
+    named = ["--data", str(data), "--predictions", str(predictions), "--metrics", "bleu,chrf++"]
+    plain = result_of(named, tmp_path)
+    assert "give --tokenize zh" in capsys.readouterr().err
+    result = result_of([*named, "--tokenize", "zh"], tmp_path)
+    assert capsys.readouterr().err == ""
+    assert result["tokenize"] == "zh" and "tok:zh" in result["sacrebleu"]["BLEU"]["signature"]
+    assert plain["scores"]["BLEU"] < 0.01 < 0.6 < result["scores"]["BLEU"]
+
+
 def test_bootstrap_and_a_second_system(e2e, tmp_path, capsys):
     other = ["--compare", str(tmp_path / "other.txt")]
     result = result_of([*e2e, *NO_JAVA, "--bootstrap", "100", *other], tmp_path)
@@ -203,6 +252,8 @@ def test_one_item_gets_a_warning_about_cider(tmp_path, capsys):
     ("more", "message"),
     [
         (["--data", "x.jsonl"], "not a mix"),
+        (["--ref_num", "two"], "argument --ref_num: invalid int value: 'two'; --help lists every"),
+        (["--tokenize", "klingon"], "argument --tokenize: invalid choice: 'klingon'"),
         (["--metrics", "bleu,spice"], "spice: task e2e has bleu, nist, meteor, rouge_l, cider"),
         (["--ref_num", "0"], "--ref_num 0 is too small"),
         (["--bootstrap", "-1"], "--bootstrap -1 is too small"),

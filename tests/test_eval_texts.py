@@ -11,17 +11,22 @@ from hypothesis import strategies as st
 
 from common.errors import InputError
 from eval import official, texts
-from eval.texts import Item
+from eval.texts import Item, Prediction, Row
 
 line = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 
 
-def row(context: str, completion: str, **more) -> dict:
-    return {"context": context, "completion": completion, **more}
+def row(context: str, completion: str, seen: bool | None = None) -> Row:
+    return Row(context, completion, context, seen)
 
 
-def predicted(*outputs: str) -> list[dict]:
-    return [{"id": i, "text": text} for i, text in enumerate(outputs)]
+def predicted(*outputs: str) -> list[Prediction]:
+    return [Prediction(text) for text in outputs]
+
+
+def sides(context: object, completion: object) -> dict:
+    """A row as a data file has it."""
+    return {"context": context, "completion": completion}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +41,19 @@ def predicted(*outputs: str) -> list[dict]:
     ],
 )
 def test_a_text_ends_at_its_end_mark_or_a_blank_line(text, want):
-    assert texts.clean(text) == want
+    assert texts.clean(text, "e2e") == want
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (" An inn . <|endoftext|>", "An inn ."),
+        ("An inn.\n\nBy the river", "An inn. By the river"),
+        ("Write <|endoftext|> last<|endoftext|>", "Write <|endoftext|> last"),
+    ],
+)
+def test_a_text_of_other_data_is_kept_whole_but_for_the_mark_that_closes_it(text, want):
+    assert texts.clean(text, "own") == want
 
 
 def test_webnlg_texts_are_lower_cased_and_spaced_around_non_words():
@@ -47,7 +64,7 @@ def test_webnlg_texts_are_lower_cased_and_spaced_around_non_words():
 
 @given(line)
 def test_a_prepared_text_is_one_line_and_stays_as_it_is(text):
-    for task in ("e2e", "webnlg"):
+    for task in ("e2e", "webnlg", "own"):
         once = texts.prepare(text, task)
         assert once.splitlines() in ([], [once])
         assert texts.prepare(once, task) == once
@@ -83,18 +100,39 @@ def test_an_empty_output_gets_a_visible_stand_in(capsys):
     assert "1 empty outputs" in capsys.readouterr().err
 
 
+def test_contexts_that_hold_the_end_mark_are_items_of_their_own():
+    """An encoded context may begin with the mark, as one without a prompt does."""
+    ids = [(0, token, 0) for token in (1, 2, 3)] + [(0, 0), (0,), ()]
+    rows = [Row("<|endoftext|>" * 2, f"text {i}", context) for i, context in enumerate(ids)]
+    items = texts.group(rows, "e2e")
+    assert [item.references for item in items] == [[f"text {i}"] for i in range(6)]
+    written = [row("a<|endoftext|>b", "x"), row("a<|endoftext|>c", "y"), row("a", "z")]
+    assert [item.context for item in texts.group(written, "e2e")] == [r.context for r in written]
+
+
+marked = st.lists(st.sampled_from(["a", " ", "\n", "<|endoftext|>"]), max_size=4).map("".join)
+
+
+@given(st.lists(marked | st.lists(st.integers(0, 3), max_size=4).map(tuple), min_size=1))
+def test_there_are_as_many_items_as_distinct_contexts(contexts):
+    rows = [Row(str(context), "x", context) for context in contexts]
+    items = texts.group(rows, "webnlg")
+    assert len(items) == len(set(contexts))
+    assert sum(len(item.references) for item in items) == len(contexts)
+
+
 def test_missing_predictions_are_named(tmp_path):
-    rows = [row("c", "x")] * 4
-    path = write_rows(tmp_path / "p.jsonl", [predicted("", "", "", "")[i] for i in (0, 2)])
+    found = [{"id": i, "text": ""} for i in (0, 2)]
+    path = write_rows(tmp_path / "p.jsonl", found)
     with pytest.raises(InputError, match="no prediction for ids 1, 3"):
-        texts.read_predictions(path, rows)
+        texts.read_predictions(path, [row("c", "x")] * 4)
 
 
 def test_predictions_of_other_data_are_refused(tmp_path):
     rows = [row("name : A", "x"), row("name : B", "y")]
     good = [{"id": 1, "text": "b", "context": "name : B"}, {"id": 0, "text": "a"}]
     path = write_rows(tmp_path / "p.jsonl", good)
-    assert [p["text"] for p in texts.read_predictions(path, rows)] == ["a", "b"]
+    assert [p.text for p in texts.read_predictions(path, rows)] == ["a", "b"]
     for bad, ids in (({"id": 7, "text": "c"}, 7), ({"id": 1, "text": "b", "context": "C"}, 1)):
         others = [p for p in good if p["id"] != bad["id"]]
         path = write_rows(tmp_path / "p.jsonl", [*others, bad])
@@ -105,28 +143,106 @@ def test_predictions_of_other_data_are_refused(tmp_path):
         texts.read_predictions(path, rows)
 
 
+def test_predictions_are_told_apart_by_what_follows_a_mark_in_their_contexts(tmp_path):
+    encoded = [Row("<|endoftext|>a", "x", (0, 1)), Row("<|endoftext|>b", "y", (0, 2))]
+    right = [{"id": i, "text": "t", "context": list(r.key)} for i, r in enumerate(encoded)]
+    assert texts.read_predictions(write_rows(tmp_path / "p.jsonl", right), encoded)
+    swapped = [{**right[0], "context": [0, 2]}, right[1]]
+    with pytest.raises(InputError, match="ids 0 are not of these data"):
+        texts.read_predictions(write_rows(tmp_path / "p.jsonl", swapped), encoded)
+    written = [row("<|endoftext|>a", "x"), row("<|endoftext|>b", "y")]
+    swapped = [{"id": i, "text": "t", "context": written[1].context} for i in range(2)]
+    with pytest.raises(InputError, match="ids 0 are not of these data"):
+        texts.read_predictions(write_rows(tmp_path / "p.jsonl", swapped), written)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": 0, "text": null}', "line 2: text is None; it must be text"),
+        ('{"id": 0}', "line 2: text is missing; it must be text"),
+        ('{"id": 0, "text": [5]}', r"line 2: text is \[5\]; it must be text"),
+        ('{"id": NaN, "text": "a"}', "line 2: id is nan; it must be a row's number"),
+        ('{"id": true, "text": "a"}', "line 2: id is True; it must be a row's number"),
+        ('{"id": "0", "text": "a"}', "line 2: id is '0'; it must be a row's number"),
+        ('{"text": "a"}', "line 2: id is None; it must be a row's number"),
+        ('{"id": 0, "text": "\\ud800"}', "line 2: text holds a lone surrogate"),
+        ('{"id": 0, "text": "a", "context": 5}', "line 2: context is neither a text nor"),
+        ("[0]", "line 2: expected an object"),
+    ],
+)
+def test_a_prediction_without_id_or_text_is_named_by_its_line(line, message, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"\n{line}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        texts.read_predictions(path, [row("c", "x")])
+
+
 def test_bad_rows_are_named_by_file_and_line(tmp_path):
-    path = write_rows(tmp_path / "d.jsonl", [row("a", "x"), {"context": "b"}])
-    with pytest.raises(InputError, match=r"d.jsonl, line 2: there is no 'completion'"):
+    path = write_rows(tmp_path / "d.jsonl", [sides("a", "x"), {"context": "b"}])
+    with pytest.raises(InputError, match=r"d.jsonl, line 2: completion is missing"):
         texts.read_data(path)
-    path = write_rows(tmp_path / "d.jsonl", [row("a", "x"), row("b", 5)])
-    with pytest.raises(InputError, match="line 2: completion is neither a text nor a list"):
+    path = write_rows(tmp_path / "d.jsonl", [sides("a", "x"), sides("b", 5)])
+    with pytest.raises(InputError, match="line 2: completion must be text or a list of token ids"):
         texts.read_data(path)
-    path = write_rows(tmp_path / "d.jsonl", [row([5], [6])])
+    path = write_rows(tmp_path / "d.jsonl", [sides("a", "x") | {"seen": 2}])
+    with pytest.raises(InputError, match="line 1: seen is 2; it must be true or false"):
+        texts.read_data(path)
+    for ids in ([True], [1.0], [[5]]):
+        path = write_rows(tmp_path / "d.jsonl", [sides(ids, [6])])
+        with pytest.raises(InputError, match="line 1: context is neither a text nor a list"):
+            texts.read_data(path)
+    path = write_rows(tmp_path / "d.jsonl", [sides([5], [6])])
     with pytest.raises(InputError, match="--vocab DIR"):
         texts.read_data(path)
+
+
+def test_a_table_is_read_with_its_flag_seen(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("mr,ref,seen\na,x,True\nb,y,false\nc,z,\n", encoding="utf-8")
+    rows = texts.read_data(path)
+    assert rows == [row("a", "x", True), row("b", "y", False), row("c", "z")]
+    assert texts.read_data(path, fields="ref:mr")[0].context == "x"
 
 
 def test_encoded_rows_are_decoded_with_the_vocabulary(tmp_path):
     vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2, "\u0120": 3, "\u0120b": 4}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n\u0120 b\n", encoding="utf-8")
-    path = write_rows(tmp_path / "d.jsonl", [row([1, 2], [4, 1, 0])])
+    path = write_rows(tmp_path / "d.jsonl", [sides([1, 2, 0], [4, 1, 0])])
     items = texts.group(texts.read_data(path, str(tmp_path)), "e2e")
     assert items == [Item("ab", ["ba"], 0)]
-    path = write_rows(tmp_path / "d.jsonl", [row([1, 9], [4])])
-    with pytest.raises(InputError, match="token id 9 is not among the 5"):
+    path = write_rows(tmp_path / "d.jsonl", [sides([1, 9], [4])])
+    with pytest.raises(InputError, match="line 1: context: token id 9 is not among the 5"):
         texts.read_data(path, str(tmp_path))
+
+
+def test_references_that_the_benchmarks_cut_are_counted_in_a_warning(capsys):
+    rows = [row("a", " one\n\ntwo<|endoftext|>"), row("b", "x<|endoftext|>y"), row("c", " z\n")]
+    texts.warn_of_cuts(rows, "e2e")
+    said = capsys.readouterr().err
+    assert "2 references hold a blank line or <|endoftext|>" in said
+    assert "(rows 0, 1); --task own scores whole texts" in said
+    texts.warn_of_cuts(rows, "own")
+    texts.warn_of_cuts(rows[2:], "e2e")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("references", "is_warned"),
+    [
+        ([["蓝香料是一家中餐馆。"], ["它在河边，很便宜。"]], True),
+        ([["ブルースパイスは中華料理店です。"]], True),
+        ([["蓝 香料 是 一 家 中餐馆 。"]], False),
+        ([["Donaudampfschifffahrtsgesellschaft ist ein Wort"]], False),
+        ([["The Eagle is a pub (鹰)."]], False),
+    ],
+)
+def test_references_without_blanks_get_a_warning_that_names_the_flag(references, is_warned, capsys):
+    texts.warn_of_unspaced(references, "zh")
+    assert capsys.readouterr().err == ""
+    texts.warn_of_unspaced(references, None)
+    assert ("--tokenize zh" in capsys.readouterr().err) == is_warned
 
 
 def test_the_first_references_are_kept_on_request():
@@ -140,20 +256,20 @@ def test_the_first_references_are_kept_on_request():
 def test_written_files_are_read_back_item_by_item(tmp_path_factory, groups):
     folder = tmp_path_factory.mktemp("files")
     rows = [row(str(i), text) for i, (references, _) in enumerate(groups) for text in references]
-    for task in ("e2e", "webnlg"):
+    for task in ("e2e", "webnlg", "own"):
         items = texts.group(rows, task)
         if not items:
             continue
-        predictions = predicted(*(groups[int(r["context"])][1] for r in rows))
+        predictions = predicted(*(groups[int(r.context)][1] for r in rows))
         outputs = texts.outputs(items, predictions, task)
         official.write_hypotheses(folder / "hyp", outputs)
         assert official.read_hypotheses(folder / "hyp") == outputs
         stem = folder / task
         official.write_references(stem, items, task)
-        if task == "e2e":
-            read = official.read_e2e_references(stem, 0)
-        else:
+        if task == "webnlg":
             read = official.read_webnlg_references(str(stem))
+        else:
+            read = official.read_e2e_references(stem, 0)
         assert len(read) == len(items)
         for got, item in zip(read, items, strict=True):
             assert set(got.references) == set(item.references)

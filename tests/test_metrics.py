@@ -12,13 +12,13 @@ import pyter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
 from common.errors import InputError
 from eval import bootstrap, coco, mteval, webnlg
-from eval.measure import mean_of
-from eval.metrics import e2e_scores, segment_scores, webnlg_scores
+from eval.measure import Unscored, mean_of
+from eval.metrics import e2e_scores, measure, segment_scores, webnlg_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["red", "Red", "inn", "by", "the", "river", "cheap", "1,000.5", "child-friendly", "."]
@@ -265,3 +265,97 @@ def test_slot_errors_and_coverage_need_contexts():
     assert e2e_scores(references, texts, both, contexts) == {"SER": 1 / 4, "coverage": 3 / 4}
     assert e2e_scores(references, texts, both) == {"SER": None, "coverage": None}
     assert webnlg_scores(references, texts, ["coverage"], contexts) == {"coverage": 3 / 4}
+
+
+CHINESE = [["蓝香料是一家中餐馆，位于河边，很便宜。"], ["老鹰是一家英式酒吧，适合家庭聚会。"]]
+ALMOST = ["蓝香料是一家中餐馆，位于河边，不便宜。", "老鹰是一家英式酒吧，适合朋友聚会。"]
+
+
+@pytest.mark.parametrize("tokenize", ["zh", "char", "intl", "none", "13a"])
+def test_bleu_by_other_tokens_equals_sacrebleus(tokenize):
+    words = [["one, two 3.5 three four"], ["five six seven, eight nine"]]
+    outputs = ["one, two 3.5 three", "five six seven eight nine"]
+    for references, hypotheses in ((CHINESE, ALMOST), (words, outputs)):
+        theirs = BLEU(tokenize=tokenize, smooth_method="none", force=True, lowercase=True)
+        want = theirs.corpus_score(hypotheses, webnlg.by_position(references)).score / 100
+        counts = mteval.count_references(references, tokenize)
+        if len(mteval.tokens(hypotheses[0], tokenize)) > 3:
+            assert mteval.bleu(counts, hypotheses).score() == pytest.approx(want, abs=1e-9)
+        assert webnlg.bleu(references, hypotheses, tokenize).score() == pytest.approx(want)
+
+
+def test_chinese_texts_that_differ_in_a_word_score_high_by_their_characters():
+    with coco.Meteor() as meteor:
+        for task in ("e2e", "webnlg", "own"):
+            scores = {
+                tokenize: measure(task, CHINESE, [ALMOST], ["BLEU"], meteor, None, tokenize)
+                .systems[0]["BLEU"].score()
+                for tokenize in (None, "zh")
+            }  # fmt: skip
+            assert scores[None] < 0.1 < 0.7 < scores["zh"] < 1
+    words = webnlg.chrf(CHINESE, ALMOST, "zh").score()
+    assert webnlg.chrf(CHINESE, ALMOST).score() < words < 1
+
+
+def test_own_data_score_as_sacrebleu_does_by_default():
+    references = [["the red inn, by a river", "an inn"], ["a cheap pub in town"]]
+    hypotheses = ["The red inn by the river", "a pub in our town"]
+    with coco.Meteor() as meteor:
+        measures = measure("own", references, [hypotheses], ["BLEU", "chrF++"], meteor).systems[0]
+    streams = webnlg.by_position(references)
+    for name, metric in (("BLEU", BLEU()), ("chrF++", CHRF(word_order=2))):
+        want = metric.corpus_score(hypotheses, streams).score / 100
+        assert measures[name].score() == pytest.approx(want)
+
+
+def test_texts_that_ter_would_search_for_minutes_leave_it_without_a_score(monkeypatch):
+    words = [f"w{i}" for i in range(400)]
+    turned = " ".join(words[200:] + words[:200])
+    monkeypatch.setattr(webnlg, "MOST_TER_STEPS", 100_000)
+    with pytest.raises(Unscored, match="item 2 has an output of 400 words, .* more than 100,000"):
+        webnlg.ter([["a b"], [" ".join(words)]], ["a b", turned])
+    monkeypatch.setattr(webnlg, "MOST_TER_PAIRS", 1000)
+    with pytest.raises(Unscored, match="item 1 has .* at most 1,000 pairs of words"):
+        webnlg.ter([[" ".join(words)]], [turned])
+
+
+def test_a_limit_of_ter_leaves_the_other_metrics_their_scores(monkeypatch):
+    monkeypatch.setattr(webnlg, "MOST_TER_PAIRS", 3)
+    with coco.Meteor() as meteor:
+        found = measure("webnlg", [["a b c d"]], [["a b d c"]], ["BLEU", "TER"], meteor)
+    assert list(found.systems[0]) == ["BLEU"] and "pairs of words" in found.reasons["TER"]
+
+
+def test_texts_too_long_for_meteor_are_named_before_java_is_asked(monkeypatch):
+    monkeypatch.setattr(coco, "MOST_METEOR_PAIRS", 10)
+    with coco.Meteor() as meteor, pytest.raises(Unscored, match="item 1 has an output of 4 words"):
+        meteor.measure([["a b c"]], ["a b c d"])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda _, texts: coco.ptb_tokenize(texts),
+        lambda meteor, texts: meteor.measure([texts], texts),
+    ],
+    ids=["tokenizer", "METEOR"],
+)
+def test_a_java_that_does_not_answer_is_given_up(monkeypatch, tmp_path, use):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+    java.chmod(java.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(coco, "JAVA_SECONDS", 0.2)
+    with coco.Meteor() as meteor, pytest.raises(coco.JavaError, match="not answer within 0.2 s"):
+        use(meteor, ["a text"])
+
+
+def test_a_java_that_cannot_be_started_is_a_reason(monkeypatch, tmp_path):
+    java = tmp_path / "java"
+    java.write_bytes(b"\x7fELF no program")
+    java.chmod(java.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(coco.JavaError, match="cannot be started: Exec format error"):
+        coco.ptb_tokenize(["a"])
+    with coco.Meteor() as meteor, pytest.raises(coco.JavaError, match="cannot be started"):
+        meteor.measure([["a"]], ["a"])

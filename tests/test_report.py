@@ -134,7 +134,7 @@ def test_systems_are_named_by_the_user_or_their_files(given, names):
 
 def write_predictions(path: Path, texts_by_context: dict[str, str]) -> str:
     rows = read_data(SAMPLE)
-    made = [{"id": i, "text": texts_by_context[row["context"]]} for i, row in enumerate(rows)]
+    made = [{"id": i, "text": texts_by_context[row.context]} for i, row in enumerate(rows)]
     return str(write_rows(path, made))
 
 

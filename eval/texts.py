@@ -164,7 +164,7 @@ def read_data(path: str | Path, vocab: str | None = None, fields: str | None = N
         completion = _checked(record.completion, f"{where}completion")
         text = _text(context, vocab, f"{where}context")
         reference = _text(completion, vocab, f"{where}completion")
-        rows.append(Row(text, reference, context, _seen(record.also["seen"], f"{where}seen")))
+        rows.append(Row(text, reference, context, _seen(record.also.get("seen"), f"{where}seen")))
     return rows
 
 

@@ -1,7 +1,10 @@
 """Reading and writing files so that nothing half-written is ever found under its name."""
 
+import errno
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,41 +14,72 @@ from common.errors import InputError
 from common.json_text import JSONFault, parse_json
 from common.text_files import TextFile
 
+LEFTOVER = re.compile(r"\..*\.(?:[0-9a-f]{16}|[0-9]+)\.tmp")  # the second form is an older one
+
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """A file to fill ("w" for UTF-8 text, "wb" for bytes) that appears under `path` complete and on
     disk when the block ends, or not at all.
 
+    What is no regular file, such as a device or a pipe, is written through; a link stays a link.
+
     Raises:
         InputError: the disk or the folder refuses; a file already at `path` stays as it was.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open(mode, **text) as file:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            with _open(path, mode) as file:
+                yield file
+        else:
+            with _filling(Path(os.path.realpath(path)), mode) as file:
+                yield file
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _filling(target: Path, mode: str) -> Iterator[IO]:
+    """A new file in the folder of `target` that takes its place when the block ends."""
+    # Random, as two containers on one volume may have equal process ids; names have a limit.
+    start = target.name.encode()[:100].decode(errors="ignore")
+    temporary = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+        temporary.replace(target)
+        sync_folder(target.parent)
     finally:
-        if beside.exists():
-            beside.unlink()
+        temporary.unlink(missing_ok=True)
+
+
+def _open(path: Path, mode: str) -> IO:
+    return path.open(mode) if "b" in mode else path.open(mode, encoding="utf-8", newline="\n")
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what writers that were killed left in a folder into which nobody writes now."""
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlast a power cut; where folders cannot be opened, nothing."""
+    """Make a rename in `folder` outlast a power cut, where the system can sync folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     try:
         os.fsync(handle)
+    except OSError:
+        pass
     finally:
         os.close(handle)
 

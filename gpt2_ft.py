@@ -14,8 +14,10 @@ import json
 import math
 import os
 import signal
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -31,10 +33,11 @@ from data_utils import FT_Dataset
 from gpu import Runtime
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 from optimizer import add_optimizer_params
-from training.resume import check_equal_states, choose_work_dir, find_state, lock, save
+from training.resume import check_equal_states, find_state, save
 from training.run import Run, write_adapter
 from training.setup import DEFAULT_EPOCHS, prepare, print_flags, print_sizes, show_plan
 from training.tensorboard import show_settings, show_validation
+from training.work_dir import claimed
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"
@@ -355,10 +358,10 @@ def fine_tune(args: argparse.Namespace, runtime: Runtime) -> None:
         )
     if args.dry_run:
         return show_plan(args, runtime)
-    work_dir = Path(runtime.gather(args.work_dir or choose_work_dir(args.resume))[0])
-    with lock(work_dir) if is_first else nullcontext():
-        # Not before the lock: until then a run that is ending may still write its state.
-        runtime.barrier()
+    with ExitStack() as stack:
+        # Before the lock is ours, a run that is ending may still write its state.
+        claim = claimed(args.work_dir, args.resume)
+        work_dir = runtime.from_first(lambda: stack.enter_context(claim))
         state = find_state(work_dir, args.resume)
         check_equal_states(runtime, work_dir, state)
         run = prepare(args, runtime, work_dir, state)
@@ -367,14 +370,14 @@ def fine_tune(args: argparse.Namespace, runtime: Runtime) -> None:
             print_sizes(args, runtime, run.plan, run.model, len(run.train), work_dir)
             if run.step:
                 print(f"Resuming after step {run.step}")
-        stop_on_signals(run)
-        opened = run.log.opened(run.flags, run.plan.max_step, run.step, run.validated_step)
-        with opened if is_first else nullcontext():
+        stack.enter_context(stopping_on_signals(run))
+        if is_first:
+            stack.enter_context(run.log.opened(run.flags, run.step, run.validated_step))
             show_settings(run)
-            for epoch in itertools.count(run.epoch):
-                train_validate(run, epoch)
-                if run.finished or epoch == run.plan.max_epoch:
-                    break
+        for epoch in itertools.count(run.epoch):
+            train_validate(run, epoch)
+            if run.finished or epoch == run.plan.max_epoch:
+                break
     if is_first:
         print_end(run)
 
@@ -390,8 +393,10 @@ def print_end(run: Run) -> None:
     print(f"Done. Last adapter: {run.adapter_path(run.step)}{best}")
 
 
-def stop_on_signals(run: Run) -> None:
-    """On SIGTERM or SIGINT finish the step, save and exit 143 or 130; on a second one exit now.
+@contextmanager
+def stopping_on_signals(run: Run) -> Iterator[None]:
+    """Within the block, let the step end on SIGTERM or SIGINT, to save and exit with 143 or 130; on
+    a second signal exit at once.
 
     A shell, a scheduler and torchrun may each pass the same signal on: those that come within
     `ONE_SIGNAL_SECONDS` count as one.
@@ -405,8 +410,15 @@ def stop_on_signals(run: Run) -> None:
         elif time.monotonic() - first > ONE_SIGNAL_SECONDS:
             os._exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+    # Only the main thread is told of signals.
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    before = [(number, signal.signal(number, handle)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import os
 import random
 import re
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import process_group
 from common.errors import InputError
 
+T = TypeVar("T")
 OTHER_PLATFORMS = ("azure", "philly", "k8s")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,6 +56,22 @@ class Runtime:
         gathered: list = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return on every rank what `make` gives on rank 0, or raise its InputError on every one.
+
+        All ranks wait for it.
+        """
+        answer: T | InputError | None = None
+        if self.rank == 0:
+            try:
+                answer = make()
+            except InputError as error:
+                answer = error
+        answer = self.gather(answer)[0]
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import gpt2_ft
 from checkpoints import read_adapter
 from common.errors import InputError
-from training import resume
+from training import work_dir
 
 TIMES = ("tokens_per_second", "peak_memory_gb")
 
@@ -305,16 +306,19 @@ def test_resume_by_path_goes_on_there_or_in_an_empty_folder_and_in_no_other_run(
 
 
 def test_two_runs_do_not_share_a_work_dir(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(work_dir, "LOCK_SECONDS", 0.1)
     folder = tiny.folder / "run"
-    with resume.lock(folder), pytest.raises(InputError, match="in use by another run"):
+    with (
+        work_dir.claimed(str(folder), None),
+        pytest.raises(InputError, match="in use by another run"),
+    ):
         gpt2_ft.main(tiny.argv("run"))
     assert adapters(folder) == {}
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
 
 
 def test_a_run_waits_for_a_process_that_is_still_ending(tiny: Tiny) -> None:
-    ending = resume.lock(tiny.folder / "run")
+    ending = work_dir.claimed(str(tiny.folder / "run"), None)
     ending.__enter__()
     threading.Timer(0.3, ending.__exit__, (None, None, None)).start()
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
@@ -428,6 +432,32 @@ def test_without_work_dir_the_first_free_folder_is_taken(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny.folder)
+    argv = tiny.argv("x", "--max_step", 3)
+    at = argv.index("--work_dir")
+    argv = argv[:at] + argv[at + 2 :]
     for _ in range(2):
-        gpt2_ft.main([*tiny.argv("x", "--max_step", 3)[:-4], "--max_step", "3"])
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["001", "002"]
+        gpt2_ft.main(argv)
+    names = ["001", "002"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == names
+    with pytest.raises(InputError, match="absent.jsonl"):
+        gpt2_ft.main([*argv, "--train_data", "absent.jsonl"])
+    assert sorted(path.name for path in Path("runs").iterdir()) == names, "a failed start is left"
+    Path("runs/0999").mkdir()
+    gpt2_ft.main(argv)
+    gpt2_ft.main(argv)
+    assert {"1000", "1001"} <= {path.name for path in Path("runs").iterdir()}
+
+
+def test_two_starts_at_once_get_a_folder_each(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: work_dir._next_folder(runs), range(40)))
+    assert sorted(folder.name for folder in folders) == [f"{n:03}" for n in range(1, 41)]
+
+
+def test_what_a_killed_run_left_half_written_is_deleted_at_the_next_start(tiny: Tiny) -> None:
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    left = tiny.folder / "run" / ".state.pt.0123456789abcdef.tmp"
+    left.write_bytes(b"half")
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3, "--resume", "auto"))
+    assert not left.exists()

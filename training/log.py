@@ -54,10 +54,8 @@ class RunLog:
         self.bar = tqdm(disable=True)
 
     @contextmanager
-    def opened(
-        self, flags: dict[str, object], max_step: int, step: int, validated_step: int
-    ) -> Iterator[None]:
-        """Open the logs, within the block, of a run of `max_step` steps that resumes after `step`.
+    def opened(self, flags: dict[str, object], step: int, validated_step: int) -> Iterator[None]:
+        """Open the logs, within the block, of a run with these flags that resumes after `step`.
 
         Records of what it will do again are dropped: training past `step`, validation past
         `validated_step`.
@@ -70,7 +68,7 @@ class RunLog:
         last = {"train": step, "valid": validated_step}
         with replacing(path, "wb") as file:
             file.writelines(line for line in old if _is_done(line, last))
-        self.bar = tqdm(total=max_step, initial=step, unit="step", disable=None)
+        self.bar = tqdm(total=flags["max_step"], initial=step, unit="step", disable=None)
         try:
             with self._reporting():
                 self.file = path.open("a", encoding="utf-8")

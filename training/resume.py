@@ -1,13 +1,9 @@
-"""How a run goes on after a stop: its work_dir and the lock on it, and the state that it saves."""
+"""How a run resumes after a stop: the state that it saves, and what may not change since."""
 
-import fcntl
 import io
-import os
 import re
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,9 +17,6 @@ from common.files import replacing
 from gpu import Runtime
 from training.run import Run, write_adapter
 
-LOCK_SECONDS = 5.0
-
-
 # Fields of `Run` by their names in the state.
 PROGRESS = {
     "step": "step", "window": "batches_taken", "best_loss": "best_loss", "best_step": "best_step",
@@ -35,52 +28,6 @@ FORM_SETTINGS = (
     "optimizer", "lora_dim", "lora_targets", "lora_kind", "train_bias", "train_top",
     "no_decay_bias", "lora_plus_ratio",
 )  # fmt: skip
-
-
-def choose_work_dir(resume: str | None) -> str:
-    """Return where a run without `--work_dir` goes: what it resumes, or the next `runs/NNN`."""
-    if resume == "auto":
-        raise InputError("--resume auto needs --work_dir, the folder of the run to resume")
-    if resume:
-        return resume
-    taken = [int(path.name) for path in Path("runs").glob("[0-9][0-9][0-9]")]
-    return str(Path("runs") / f"{max(taken, default=0) + 1:03}")
-
-
-@contextmanager
-def lock(work_dir: Path) -> Iterator[None]:
-    """Keep other runs out of `work_dir` until the block or this process ends, however it ends.
-
-    A process that was killed may take a moment to end: it is waited for `LOCK_SECONDS`.
-
-    Raises:
-        InputError: another run is in there, or the folder cannot be made.
-    """
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(work_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise InputError(f"--work_dir {work_dir} cannot be used: {error.strerror}") from error
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not _locked(handle, work_dir):
-        if time.monotonic() > deadline:
-            os.close(handle)
-            raise InputError(f"--work_dir {work_dir} is in use by another run; give another")
-        time.sleep(0.05)
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int, work_dir: Path) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise InputError(f"--work_dir {work_dir} cannot be locked: {error.strerror}") from error
-    return True
 
 
 def save(run: Run) -> None:

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from training.work_dir import claimed
 ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "data" / "sample" / "settings.json"
 SAMPLE_PATHS = ("train_data", "valid_data", "init_checkpoint", "vocab")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE_SIGNAL_SECONDS = 1.0
 DROPPED_FLAGS = [
     "--roll_interval",
@@ -341,7 +342,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     runtime = gpu.parse_gpu(args)
     try:
-        with naming_lost_ranks("--resume auto resumes from the last save"):
+        # A rank that lost others is sent SIGTERM while it still asks who they are.
+        advice = "--resume auto resumes from the last save"
+        with restoring_signal_handlers(), naming_lost_ranks(advice):
             fine_tune(args, runtime)
     finally:
         gpu.cleanup(runtime)
@@ -370,7 +373,7 @@ def fine_tune(args: argparse.Namespace, runtime: Runtime) -> None:
             print_sizes(args, runtime, run.plan, run.model, len(run.train), work_dir)
             if run.step:
                 print(f"Resuming after step {run.step}")
-        stack.enter_context(stopping_on_signals(run))
+        stop_on_signals(run)
         if is_first:
             stack.enter_context(run.log.opened(run.flags, run.step, run.validated_step))
             show_settings(run)
@@ -394,9 +397,19 @@ def print_end(run: Run) -> None:
 
 
 @contextmanager
-def stopping_on_signals(run: Run) -> Iterator[None]:
-    """Within the block, let the step end on SIGTERM or SIGINT, to save and exit with 143 or 130; on
-    a second signal exit at once.
+def restoring_signal_handlers() -> Iterator[None]:
+    """Put the handlers of SIGTERM and SIGINT back at the end of the block."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            _handle(number, handler)
+
+
+def stop_on_signals(run: Run) -> None:
+    """From now on let the step end on SIGTERM or SIGINT, to save and exit with 143 or 130; on a
+    second signal exit at once.
 
     A shell, a scheduler and torchrun may each pass the same signal on: those that come within
     `ONE_SIGNAL_SECONDS` count as one.
@@ -410,15 +423,14 @@ def stopping_on_signals(run: Run) -> Iterator[None]:
         elif time.monotonic() - first > ONE_SIGNAL_SECONDS:
             os._exit(128 + number)
 
-    # Only the main thread is told of signals.
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    before = [(number, signal.signal(number, handle)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+    for number in SIGNALS:
+        _handle(number, handle)
+
+
+def _handle(number: int, handler: Callable | int | None) -> None:
+    """Set a handler in the main thread, which alone may do so and is told of signals."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
 
 
 if __name__ == "__main__":

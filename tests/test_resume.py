@@ -123,6 +123,18 @@ def test_a_log_line_cut_short_and_steps_past_the_last_save_are_dropped(tiny: Tin
     assert path.read_bytes() == kept
 
 
+def test_signal_handlers_are_put_back_and_another_thread_may_train(tiny: Tiny) -> None:
+    """In a notebook, an interrupt after training must still interrupt."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    thread = threading.Thread(target=gpt2_ft.main, args=(tiny.argv("other", "--max_step", 3),))
+    thread.start()
+    thread.join()
+    last = "model.3.safetensors"
+    assert (tiny.folder / "other" / last).read_bytes() == (tiny.folder / "run" / last).read_bytes()
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_lets_the_step_end_and_saves_it(
     number: int, code: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.batch import Batch
 from common.errors import InputError
 from data.readers import DataFile, Record, Side
 
@@ -204,8 +205,17 @@ def repeats_ngram(tokens: Sequence[int], n: int) -> bool:
     return len(set(grams)) < len(grams)
 
 
+class Item(TypedDict):
+    """A row for training: `input`, `target` (T,) int64, and `mask` (T,) float32, 1 where the loss
+    counts."""
+
+    input: np.ndarray
+    target: np.ndarray
+    mask: np.ndarray
+
+
 class FT_Dataset(Dataset):
-    """Rows cut to the window, as `input`, `target`, `mask` for training and `query` for decoding.
+    """Rows cut to the window: items and batches for training, queries for decoding.
 
     A sequence is context + completion, and `target` is `input` shifted by one: this is the only
     place that shifts. With `joint_lm` every target counts, otherwise those of the completion.
@@ -241,34 +251,39 @@ class FT_Dataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
-        """`input`, `target` (T,) int64, `mask` (T,) float32, `query` (P,) int64 and the `id`."""
+    def __getitem__(self, index: int) -> Item:
         row = self.rows[index]
         completion = row.completion[: self.max_seq_length - 1]
         context = row.context[-(self.max_seq_length - len(completion)) :]
         tokens = np.concatenate((context, completion))
         mask = np.zeros(len(tokens), dtype=np.float32)
         mask[0 if self.joint_lm else len(context) - 1 : len(tokens) - 1] = 1
-        target = np.append(tokens[1:], 0)
-        query = row.context[-self.max_query_length :]
-        return {"id": index, "input": tokens, "target": target, "mask": mask, "query": query}
+        return {"input": tokens, "target": np.append(tokens[1:], 0), "mask": mask}
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`input`, `target` (B, T) int64 and `mask` (B, T) float32, padded with zeros to the last
-        position that counts in any of the rows."""
+    def query(self, index: int) -> np.ndarray:
+        """The context of a row as decoding reads it, (P,) int64."""
+        return self.rows[index].context[-self.max_query_length :]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows of these numbers, each up to its last position that counts."""
         items = [self[index] for index in indices]
-        longest = max(int(item["mask"].nonzero()[0][-1]) + 1 for item in items)
-        return {key: _pad([item[key] for item in items], longest) for key in BATCH_KEYS}
+        places = [item["mask"].nonzero()[0] for item in items]
+        lengths = [int(own[-1]) + 1 for own in places]
+        starts = np.cumsum([0, *lengths[:-1]])
+        weights = [item["mask"][own] for item, own in zip(items, places, strict=True)]
+        return Batch(
+            input_ids=_row(item["input"][:n] for item, n in zip(items, lengths, strict=True)),
+            positions=_row(np.arange(n) for n in lengths),
+            lengths=lengths,
+            counted=_row(own + start for own, start in zip(places, starts, strict=True)),
+            targets=_row(item["target"][own] for item, own in zip(items, places, strict=True)),
+            weights=_row(weights),
+            count=float(sum(own.sum() for own in weights)),
+        )
 
 
-BATCH_KEYS = ("input", "target", "mask")
-
-
-def _pad(arrays: list[np.ndarray], length: int) -> Tensor:
-    padded = np.zeros((len(arrays), length), dtype=arrays[0].dtype)
-    for row, array in zip(padded, arrays, strict=True):
-        row[: len(array)] = array[:length]
-    return torch.from_numpy(padded)
+def _row(arrays: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(arrays)))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from data_utils import (
     vocabulary_fingerprint,
 )
 from decoding.beam_search import Hypothesis, SearchSettings, beam_search
+from decoding.packed import pack
 from gpu import Runtime
 from model import MODEL_CARDS, GPT2LMModel
 
@@ -345,7 +346,7 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
         settings = search_settings(args, runtime, tokenizer, model.config.vocab_size)
         contexts = cut_contexts(args, runtime, rows, model.config.n_positions)
         if runtime.precision == "fp32":
-            model.pack()
+            pack(model)
         else:
             checkpoints.merge(model)
         numbers = [number for number, name in enumerate(tasks) if name == task]

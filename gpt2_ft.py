@@ -222,7 +222,7 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
     runtime, settings = run.runtime, run.settings
     # The last batch of an epoch may have no row for a rank, which then goes through the motions.
     batches = [run.train.batch(micro) for micro in rows or [[0]]]
-    counts = [float(batch["mask"].sum()) if rows else 0.0 for batch in batches]
+    counts = [batch.count if rows else 0.0 for batch in batches]
     # What ranks must agree on travels with the count: a signal to any, the clock of the first.
     seconds = time.monotonic() - run.saved_at
     late = runtime.rank == 0 and settings.save_minutes and seconds > 60 * settings.save_minutes
@@ -233,9 +233,7 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
         batch = runtime.to_device(batch)
         with gpu.no_sync(run.model, skip=i < len(batches) - 1):
             with runtime.autocast():
-                _, loss = run.model(
-                    batch["input"], batch["target"], batch["mask"], settings.label_smooth
-                )
+                _, loss = run.model(batch, label_smooth=settings.label_smooth)
             # DistributedDataParallel averages over ranks, so each one's share is scaled back up.
             run.scaler.scale(loss * (count * runtime.world_size / total)).backward()
         losses.append(loss.detach() * count)
@@ -284,10 +282,9 @@ def evaluate(
     for start in range(0, len(mine), batch_size):
         batch = runtime.to_device(data.batch(mine[start : start + batch_size]))
         with runtime.autocast():
-            _, loss = model(batch["input"], batch["target"], batch["mask"])
-        tokens = float(batch["mask"].sum())
-        loss_sum += float(loss) * tokens
-        count += tokens
+            _, loss = model(batch)
+        loss_sum += float(loss) * batch.count
+        count += batch.count
     model.train()
     loss_sum, count = runtime.sum(loss_sum, count)
     loss = loss_sum / count

@@ -18,10 +18,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import process_group
+from common.batch import Batch
 from common.errors import InputError
 
 T = TypeVar("T")
@@ -84,16 +85,13 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, AUTOCAST[self.precision])
 
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_device(self, batch: Batch) -> Batch:
         """Return the batch on the device; to CUDA from pinned memory, so that nothing waits."""
         if self.device.type == "cpu":
             return batch
         if self.device.type != "cuda":
-            return {key: tensor.to(self.device) for key, tensor in batch.items()}
-        return {
-            key: tensor.pin_memory().to(self.device, non_blocking=True)
-            for key, tensor in batch.items()
-        }
+            return batch.map(lambda tensor: tensor.to(self.device))
+        return batch.map(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the model as it is trained: itself, or in DistributedDataParallel in a group."""

@@ -1,8 +1,10 @@
 """The label-smoothed language-model loss, with its gradient made on the way."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 class SmoothedCrossEntropy(torch.autograd.Function):
@@ -15,7 +17,7 @@ class SmoothedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, e: float
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, e: float
     ) -> Tensor:
         """`hidden` (N, C), `head` (V, C), `labels` (N,) int64, `weights` (N,): a scalar in fp32."""
         logits = (head @ hidden.T).float()  # (V, N): twice as fast as (N, V) for large V, small N
@@ -37,7 +39,7 @@ class SmoothedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         by_hidden, by_head = (g if g is None else scale * g for g in ctx.saved_tensors)
         return by_hidden, by_head, None, None, None
 

@@ -1,15 +1,18 @@
-"""GPT-2 with low-rank adapters, its sizes, its loss and its decoding cache.
+"""GPT-2 with low-rank adapters: its sizes, its layers, its loss, and how it decodes a token.
 
 Radford et al. 2019 (GPT-2) and Hu et al. 2021 (LoRA, arXiv 2106.09685, section 4.2).
 
-    B  batch     T  tokens    C  width (n_embd)    H  heads    D  head width, C / H
-    V  vocabulary    K  beams    P  prompt tokens    G  generated tokens    r  rank
+    B  batch         T  tokens    C  width (n_embd)      H  heads    D  head width, C / H
+    V  vocabulary    K  beams     P  prompt tokens       r  rank
+    N  tokens of a batch, its sequences one after the other without padding
+    M  positions of these whose outputs are needed
 
 Every linear map is a LoRA layer: with rank 0 it is a plain frozen one. Weights are stored as
 GPT-2's published files store them, (in, out), so nothing is transposed on loading.
 """
 
 from dataclasses import InitVar, dataclass
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,42 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import loralib
+from common.batch import Batch
 from loralib import LoraConfig
 from loss import smoothed_cross_entropy
-
-MODEL_CARDS: dict[str, dict[str, int]] = {
-    "gpt2.nano": {
-        "n_layer": 4,
-        "n_head": 4,
-        "n_embd": 256,
-        "n_positions": 512,
-        "vocab_size": 2048,
-    },
-    "gpt2.mini": {
-        "n_layer": 5,
-        "n_head": 4,
-        "n_embd": 256,
-        "n_positions": 512,
-        "vocab_size": 4096,
-    },
-    "gpt2.sm": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-    "gpt2.md": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "gpt2.lg": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "gpt2.xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-}
-
-
-ALL_TARGETS = ("q", "k", "v", "o", "fc", "proj")  # what `--lora_targets all` means
-LORA_TARGETS = {
-    "q": "attn.c_attn",
-    "k": "attn.c_attn",
-    "v": "attn.c_attn",
-    "c_attn": "attn.c_attn",  # query, key and value by one adapter, as PEFT does it
-    "o": "attn.c_proj",
-    "fc": "mlp.c_fc",
-    "proj": "mlp.c_proj",
-    "wte": "wte",
-}
 
 
 @dataclass
@@ -98,119 +68,28 @@ class GPT2Config:
         """The adapted layers, none without an adapter."""
         return self.lora.targets if self.lora is not None else ()
 
-    def linear(self, target: str, inputs: int, outputs: int) -> loralib.Linear:
-        """A linear layer, with the adapter if `target` is one of the config's targets."""
-        settings = self._adapter() if target in self.targets else {}
-        return loralib.Linear(inputs, outputs, fan_in_fan_out=True, **settings)
-
-    def fused_linear(self) -> loralib.Linear:
-        """The projection to query, key and value, each of which may have an adapter."""
-        sizes = self.n_embd, 3 * self.n_embd
-        if "c_attn" in self.targets:
-            return self.linear("c_attn", *sizes)
-        enabled = [part in self.targets for part in "qkv"]
-        return loralib.MergedLinear(
-            *sizes, enable_lora=enabled, fan_in_fan_out=True, **self._adapter()
-        )
-
-    def token_embedding(self) -> nn.Embedding:
-        if "wte" not in self.targets:
-            return nn.Embedding(self.vocab_size, self.n_embd)
-        settings = self._adapter()
-        del settings["lora_dropout"], settings["kind"]
-        return loralib.Embedding(self.vocab_size, self.n_embd, **settings)
-
-    def _adapter(self) -> dict:
-        settings = self.lora
-        if settings is None:
-            return {"merge_weights": False}
-        return {
-            "r": settings.r,
-            "lora_alpha": settings.alpha,
-            "lora_dropout": settings.dropout,
-            "merge_weights": False,
-            "use_rslora": settings.rslora,
-            "kind": settings.kind,
-        }
-
 
 for _name in ("lora_attn_dim", "lora_attn_alpha", "lora_dropout"):
     delattr(GPT2Config, _name)  # InitVars leave their defaults there, where reading one would lie
 
-
-class DecodeCache:
-    """Keys and values of a decoding batch, per layer (B, S, H, D): S slots per context, of which
-    `visible` (B, K, S) says which beam attends to which.
-
-    The prompt's slots come first and every beam sees them; a step adds K slots, one to each beam.
-    So reordering beams moves rows of booleans and never a key, and beams share what they have in
-    common. Slots that no beam sees any more (padding, lost beams) are dropped now and then.
-    """
-
-    STEPS_OF_ROOM = 8
-
-    def __init__(self, lengths: Tensor, width: int) -> None:
-        self.positions = lengths  # of each context's next token, (B,) int64
-        self.visible = (torch.arange(width, device=lengths.device) < lengths[:, None])[:, None]
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def add_slots(self, beams: int) -> Tensor:
-        """Make room for one token of each beam: what each may attend to, (B, 1, K, S) bool."""
-        batch, _, slots = self.visible.shape
-        if slots + beams > self.layers[0][0].size(1):
-            self._gather(torch.arange(batch, device=self.visible.device))
-        own = torch.eye(beams, dtype=torch.bool, device=self.visible.device)
-        self.visible = torch.cat((self.visible, own.expand(batch, -1, -1)), dim=2)
-        self.positions = self.positions + 1
-        return self.visible[:, None]
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill the slots added last, (B, K, H, D) each: all keys and values of that layer."""
-        beams, slots = key.size(1), self.visible.size(2)
-        keys, values = self.layers[layer]
-        keys[:, slots - beams : slots] = key
-        values[:, slots - beams : slots] = value
-        return keys[:, :slots], values[:, :slots]
-
-    def reorder(self, parents: Tensor) -> None:
-        """Let beam k of each context continue beam `parents[b, k]`, (B, K) int64."""
-        rows = torch.arange(parents.size(0), device=parents.device)[:, None]
-        self.visible = self.visible[rows, parents]
-
-    def keep(self, contexts: Tensor) -> None:
-        """Drop every context but those of the given indices, (B',) int64."""
-        self.positions = self.positions[contexts]
-        self._gather(contexts)
-
-    def _gather(self, contexts: Tensor) -> None:
-        """Move the given contexts' slots in use into new buffers with room for some steps."""
-        visible = self.visible[contexts]
-        beams = visible.size(1)
-        used = visible.any(dim=1)  # (B', S)
-        count = int(used.sum(dim=1).max())
-        slots = used.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-        self.visible = visible.gather(2, slots[:, None].expand(-1, beams, -1))
-        for layer, pair in enumerate(self.layers):
-            shape = (len(contexts), count + self.STEPS_OF_ROOM * beams, *pair[0].shape[2:])
-            self.layers[layer] = tuple(tensor.new_empty(shape) for tensor in pair)
-            for buffer, tensor in zip(self.layers[layer], pair, strict=True):
-                buffer[:, :count] = tensor[contexts[:, None], slots]
+MODEL_CARDS: dict[str, dict[str, int]] = {
+    "gpt2.nano": {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 512, "vocab_size": 2048},
+    "gpt2.mini": {"n_layer": 5, "n_head": 4, "n_embd": 256, "n_positions": 512, "vocab_size": 4096},
+    "gpt2.sm": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2.md": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2.lg": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2.xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
 
 
-class PackedLinear(nn.Module):
-    """A linear map on a CPU, its weight laid out once the way oneDNN's kernels read it.
+class Cache(Protocol):
+    """What the model needs of a decoding cache; `decoding.cache.DecodeCache` is one."""
 
-    Up to twice as fast as F.linear on the few rows of a decoding step; for inference only.
-    """
+    positions: Tensor  # of each context's next token, (B,) int64
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight` is (out, in), fp32, on the CPU."""
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+    def add_layer(self, key: Tensor, value: Tensor) -> None: ...
+    def add_slots(self, beams: int) -> Tensor: ...
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Attention(nn.Module):
@@ -219,38 +98,46 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = config.fused_linear()
-        self.c_proj = config.linear("o", config.n_embd, config.n_embd)
+        self.c_attn = fused_projection(config)
+        self.c_proj = linear(config, "o", config.n_embd, config.n_embd)
 
-    def mix(self, x: Tensor, lengths: list[int], cache: DecodeCache | None = None) -> Tensor:
-        """Values mixed by attention, (N, C) to (N, C), N = Σ lengths: the sequences of a batch, one
-        behind the other.
+    def forward(
+        self,
+        x: Tensor,
+        lengths: list[int],
+        cache: Cache | None = None,
+        needed: Tensor | None = None,
+    ) -> Tensor:
+        """(N, C) to (N, C), sequence by sequence, or to (M, C) of the positions `needed`, (M,).
 
         A cache, if given, receives keys and values; the lengths must then be equal.
         """
         fused = self.c_attn(x)
         if len(set(lengths)) == 1:
-            return self.attend(fused.view(len(lengths), -1, fused.size(-1)), cache).flatten(0, 1)
-        if fused.is_cuda:
-            return self.attend_padded(fused, lengths)
-        return torch.cat([self.attend(part[None])[0] for part in fused.split(lengths)])
+            rows = fused.view(len(lengths), -1, fused.size(-1))
+            mixed = self.attend(rows, cache).flatten(0, 1)
+        elif fused.is_cuda:
+            mixed = self.attend_padded(fused, lengths)
+        else:
+            mixed = torch.cat([self.attend(part[None])[0] for part in fused.split(lengths)])
+        return self.c_proj(mixed if needed is None else mixed[needed])
 
     def attend_padded(self, fused: Tensor, lengths: list[int]) -> Tensor:
         """`attend` of sequences (N, 3C) to (N, C) by one large kernel, though a part is padding."""
         padded = self.attend(pad_sequence(fused.split(lengths), batch_first=True))
         return torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])
 
-    def attend(self, fused: Tensor, cache: DecodeCache | None = None) -> Tensor:
+    def attend(self, fused: Tensor, cache: Cache | None = None) -> Tensor:
         """Causal attention of each sequence to itself, (B, T, 3C) to (B, T, C)."""
         batch, tokens, _ = fused.shape
         heads = fused.view(batch, tokens, 3, self.n_head, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
-            cache.layers.append((key.transpose(1, 2), value.transpose(1, 2)))
+            cache.add_layer(key.transpose(1, 2), value.transpose(1, 2))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
-    def step(self, x: Tensor, cache: DecodeCache, layer: int, visible: Tensor) -> Tensor:
+    def decode_step(self, x: Tensor, cache: Cache, layer: int, visible: Tensor) -> Tensor:
         """One new token per beam, (B, K, C) to (B, K, C); `visible` as `cache.add_slots` gives."""
         batch, beams, width = x.shape
         query, key, value = self.c_attn(x).view(batch, beams, 3, self.n_head, -1).unbind(2)
@@ -262,16 +149,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The position-wise network, four times as wide inside; GELU by the tanh formula."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.c_fc = config.linear("fc", config.n_embd, 4 * config.n_embd)
-        self.c_proj = config.linear("proj", 4 * config.n_embd, config.n_embd)
+        self.c_fc = linear(config, "fc", config.n_embd, 4 * config.n_embd)
+        self.c_proj = linear(config, "proj", 4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
+    """One layer of the transformer, normalised before attention and before the MLP."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -283,18 +174,17 @@ class Block(nn.Module):
         self,
         x: Tensor,
         lengths: list[int],
-        cache: DecodeCache | None = None,
-        wanted: Tensor | None = None,
+        cache: Cache | None = None,
+        needed: Tensor | None = None,
     ) -> Tensor:
-        """(N, C) to (N, C), or of the positions that `wanted`, a mask or indices, picks."""
-        mixed = self.attn.mix(self.ln_1(x), lengths, cache)
-        if wanted is not None:
-            x, mixed = x[wanted], mixed[wanted]
-        x = x + self.attn.c_proj(mixed)
+        """(N, C) to (N, C), or to (M, C) of the positions `needed`, (M,) int64."""
+        mixed = self.attn(self.ln_1(x), lengths, cache, needed)
+        x = (x if needed is None else x[needed]) + mixed
         return x + self.mlp(self.ln_2(x))
 
-    def step(self, x: Tensor, cache: DecodeCache, layer: int, visible: Tensor) -> Tensor:
-        x = x + self.attn.step(self.ln_1(x), cache, layer, visible)
+    def decode_step(self, x: Tensor, cache: Cache, layer: int, visible: Tensor) -> Tensor:
+        """One new token per beam, (B, K, C) to (B, K, C)."""
+        x = x + self.attn.decode_step(self.ln_1(x), cache, layer, visible)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -306,7 +196,7 @@ class GPT2Model(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.wte = config.token_embedding()
+        self.wte = token_embedding(config)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -314,36 +204,32 @@ class GPT2Model(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        real: Tensor | None = None,
-        lengths: list[int] | None = None,
-        cache: DecodeCache | None = None,
-        wanted: Tensor | None = None,
+        positions: Tensor,
+        lengths: list[int],
+        cache: Cache | None = None,
+        needed: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (N, C) of the N positions that `real` (B, T) marks, row by row: the first
-        `lengths[b]` of row b, or all of them. Nothing is computed for the others.
+        """Hidden states (N, C) of sequences of the given lengths, Σ lengths = N; `input_ids` and
+        `positions` are (N,) int64.
 
-        `wanted`, a mask or indices over the N, picks those whose hidden states are returned: the
-        others leave the last block as soon as their keys and values are there.
+        `needed` (M,) int64 picks those whose hidden states are returned, (M, C): the others leave
+        the last block as soon as their keys and values are there.
         """
-        batch, tokens = input_ids.shape
-        if real is None:
-            real, lengths = torch.ones_like(input_ids, dtype=torch.bool), [tokens] * batch
-        positions = torch.arange(tokens, device=input_ids.device).expand_as(input_ids)
-        x = self.wte(input_ids[real]) + self.wpe(positions[real])
+        x = self.wte(input_ids) + self.wpe(positions)
         *blocks, last = self.h
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, lengths, use_reentrant=False)
             else:
                 x = block(x, lengths, cache)
-        return self.ln_f(last(x, lengths, cache, wanted))
+        return self.ln_f(last(x, lengths, cache, needed))
 
-    def step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
+    def decode_step(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Hidden states (B, K, C) of one new token per beam, `input_ids` (B, K)."""
         x = self.wte(input_ids) + self.wpe(cache.positions)[:, None]
         visible = cache.add_slots(input_ids.size(1))
         for layer, block in enumerate(self.h):
-            x = block.step(x, cache, layer, visible)
+            x = cast(Block, block).decode_step(x, cache, layer, visible)
         return self.ln_f(x)
 
 
@@ -354,7 +240,7 @@ class GPT2LMModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = GPT2Model(config)
-        self.packed_head: PackedLinear | None = None
+        self.packed_head: nn.Module | None = None  # set by decoding.packed
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
@@ -377,7 +263,7 @@ class GPT2LMModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Batch,
         lm_labels: Tensor | None = None,
         lm_mask: Tensor | None = None,
         label_smooth: float = 0.0,
@@ -386,55 +272,78 @@ class GPT2LMModel(nn.Module):
 
         `input_ids`, `lm_labels` are (B, T) int64, right-padded; the label of a position is the
         token that follows it. `lm_mask` (B, T) weighs each position, everything counts without it.
-        loss = Σ mask · ((1 - e) · nll + e · mean over V of -log p) / Σ mask, e = `label_smooth`,
-        and 0 where nothing counts. Padding is left out of all layers, and only counted positions
-        pass the head, which is why no logits come back.
+        Training gives a `Batch` in their place. loss = Σ mask · ((1 - e) · nll + e · mean over V of
+        -log p) / Σ mask, e = `label_smooth`, and 0 where nothing counts. Padding is left out of all
+        layers, and only counted positions pass the head, which is why no logits come back.
         """
-        if lm_labels is None:
-            return self.head(self.transformer(input_ids)).view(*input_ids.shape, -1), None
-        mask = torch.ones(lm_labels.shape, device=lm_labels.device) if lm_mask is None else lm_mask
-        counted = mask > 0
-        # What stands behind the last counted position of a row has no part in the loss. A first
-        # position is kept always: a rank without rows must still have gradients, of zero.
-        places = torch.arange(1, mask.size(1) + 1, device=mask.device)
-        ends = (counted * places).amax(dim=1).clamp(min=1)
-        real = places <= ends[:, None]
-        loss = smoothed_cross_entropy(
-            self.transformer(input_ids, real, ends.tolist(), wanted=counted[real]),
-            self.head_weight,
-            lm_labels[counted],
-            mask[counted],
-            label_smooth,
+        if isinstance(input_ids, Batch):
+            return None, self.loss(input_ids, label_smooth)
+        if lm_labels is not None:
+            return None, self.loss(Batch.from_padded(input_ids, lm_labels, lm_mask), label_smooth)
+        return self.head(self.transformer(*whole_rows(input_ids))).view(*input_ids.shape, -1), None
+
+    def loss(self, batch: Batch, label_smooth: float) -> Tensor:
+        """The weighted mean of the label-smoothed loss over the positions that count."""
+        hidden = self.transformer(
+            batch.input_ids, batch.positions, batch.lengths, needed=batch.counted
         )
-        return None, loss
+        weight = self.head_weight
+        return smoothed_cross_entropy(hidden, weight, batch.targets, batch.weights, label_smooth)
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, DecodeCache]:
-        """Read right-padded prompts (B, P) of true `lengths` (B,): the logits (B, V) behind each
-        prompt's last token, and the cache from which `step` goes on."""
-        cache = DecodeCache(lengths, input_ids.size(1))
+    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Read right-padded prompts (B, P) into a new cache: the logits (B, V) that follow each
+        prompt's last token, which stands before the position that the cache has next."""
         batch, tokens = input_ids.shape
-        ends = torch.arange(batch, device=lengths.device) * tokens + lengths - 1
-        return self.head(self.transformer(input_ids, cache=cache, wanted=ends)), cache
+        ends = torch.arange(batch, device=input_ids.device) * tokens + cache.positions - 1
+        return self.head(self.transformer(*whole_rows(input_ids), cache, ends))
 
-    def step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
-        """Logits (B, K, V) behind one new token per beam, `input_ids` (B, K)."""
-        return self.head(self.transformer.step(input_ids, cache))
+    def decode_step(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, K, V) that follow one new token per beam, `input_ids` (B, K)."""
+        return self.head(self.transformer.decode_step(input_ids, cache))
 
-    @torch.no_grad()
-    def pack(self) -> "GPT2LMModel":
-        """Merge the adapter and lay all weights out for fast decoding; returns the model itself.
 
-        From then on it can only be run: there is nothing left to train, save or load into. Does
-        nothing but merge where there is no oneDNN for it (GPU, other precisions).
-        """
-        linears = [(n, m) for n, m in self.named_modules() if isinstance(m, loralib.Linear)]
-        for _, layer in linears:
-            layer.merge()
-        embedding = self.transformer.wte.weight
-        fits = embedding.device.type == "cpu" and embedding.dtype == torch.float32
-        if fits and torch.backends.mkldnn.is_available():
-            for name, layer in linears:
-                weight = layer.weight.T if layer.fan_in_fan_out else layer.weight
-                self.set_submodule(name, PackedLinear(weight, layer.bias))
-            self.packed_head = PackedLinear(self.head_weight, None)
-        return self
+def whole_rows(input_ids: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Ids (B, T) as sequences of T tokens: ids and positions, (N,) each, and the lengths."""
+    batch, tokens = input_ids.shape
+    positions = torch.arange(tokens, device=input_ids.device).repeat(batch)
+    return input_ids.flatten(), positions, [tokens] * batch
+
+
+# Where adapters sit.
+
+ALL_TARGETS = ("q", "k", "v", "o", "fc", "proj")  # what `--lora_targets all` means
+LORA_TARGETS = {
+    "q": "attn.c_attn",
+    "k": "attn.c_attn",
+    "v": "attn.c_attn",
+    "c_attn": "attn.c_attn",  # query, key and value by one adapter, as PEFT does it
+    "o": "attn.c_proj",
+    "fc": "mlp.c_fc",
+    "proj": "mlp.c_proj",
+    "wte": "wte",
+}
+
+
+def linear(config: GPT2Config, target: str, inputs: int, outputs: int) -> loralib.Linear:
+    """A linear layer, with the adapter if `target` is one of the config's targets."""
+    settings = config.lora.layer_settings() if config.lora and target in config.targets else {}
+    return loralib.Linear(inputs, outputs, fan_in_fan_out=True, merge_weights=False, **settings)
+
+
+def fused_projection(config: GPT2Config) -> loralib.Linear:
+    """The projection to query, key and value, each of which may have an adapter."""
+    sizes = config.n_embd, 3 * config.n_embd
+    if "c_attn" in config.targets:
+        return linear(config, "c_attn", *sizes)
+    settings = config.lora.layer_settings() if config.lora else {}
+    settings |= {"enable_lora": [part in config.targets for part in "qkv"]}
+    return loralib.MergedLinear(*sizes, fan_in_fan_out=True, merge_weights=False, **settings)
+
+
+def token_embedding(config: GPT2Config) -> nn.Embedding:
+    """The token embedding, with the adapter if `wte` is one of the config's targets."""
+    sizes = config.vocab_size, config.n_embd
+    if config.lora is None or "wte" not in config.targets:
+        return nn.Embedding(*sizes)
+    r, alpha, rslora = config.lora.r, config.lora.alpha, config.lora.rslora
+    return loralib.Embedding(*sizes, r, alpha, merge_weights=False, use_rslora=rslora)

@@ -11,6 +11,7 @@ import checkpoints
 import gpu
 from benchmarks import common
 from decoding.beam_search import SearchSettings, beam_search
+from decoding.packed import pack
 from model import GPT2Config, GPT2LMModel
 
 Work = Callable[[list[list[int]]], dict]
@@ -23,7 +24,7 @@ def ours(search: str) -> Callable[[dict], Work]:
         gpu.reuse_freed_memory()
         model = GPT2LMModel(GPT2Config(**settings["shape"]))
         checkpoints.load_weights(model, load_file(settings["base"]))
-        model.eval().pack()
+        pack(model.eval())
         rules = SearchSettings(search=search, **settings["rules"])
 
         def work(contexts: list[list[int]]) -> dict:

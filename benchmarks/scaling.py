@@ -23,6 +23,7 @@ import gpu
 import loralib as lora
 from benchmarks import common
 from decoding.beam_search import SearchSettings, beam_search
+from decoding.packed import pack
 from model import GPT2Config, GPT2LMModel
 
 MIDDLE = {"rows": 8, "tokens": 64, "rank": 4}
@@ -45,7 +46,7 @@ def adapted_model(size: str, rank: int) -> GPT2LMModel:
 @cache
 def packed_model(size: str) -> GPT2LMModel:
     torch.manual_seed(0)
-    return GPT2LMModel(GPT2Config(**common.model_shape(size))).eval().pack()
+    return pack(GPT2LMModel(GPT2Config(**common.model_shape(size))).eval())
 
 
 def training_step(size: str, rows: int, tokens: int, rank: int) -> Callable[[], object]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import checkpoints
 import gpt2_ft
@@ -155,6 +156,19 @@ def original(settings: dict) -> Work:
     return timed(plain_step(settings, model.train(), loss))
 
 
+def padded(data: FT_Dataset, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, labels, what counts and what is no padding of the rows, (B, T) each, T up to the last
+    position that counts in any of them."""
+    items = [data[row] for row in rows]
+    width = max(int(item["mask"].nonzero()[0][-1]) + 1 for item in items)
+    ids, labels, mask = (
+        pad_sequence([torch.from_numpy(array[:width]) for array in arrays], batch_first=True)
+        for arrays in zip(*(item.values() for item in items), strict=True)
+    )
+    ends = torch.tensor([len(item["input"]) for item in items])
+    return ids, labels, mask, (torch.arange(width) < ends[:, None]).long()
+
+
 def plain_step(
     settings: dict, model: nn.Module, loss_of: Callable[..., Tensor]
 ) -> Callable[[list[int]], float]:
@@ -164,10 +178,7 @@ def plain_step(
     optimizer = torch.optim.AdamW(trained, lr=settings["lr"], eps=1e-6, weight_decay=0.01)
 
     def step(rows: list[int]) -> float:
-        batch = data.batch(rows)
-        ends = torch.tensor([data.lengths[row] for row in rows])
-        real = (torch.arange(batch["input"].size(1)) < ends[:, None]).long()
-        loss = loss_of(batch["input"], batch["target"], batch["mask"], real)
+        loss = loss_of(*padded(data, rows))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -24,20 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from decoding.cache import DecodeCache
+
 NEVER = float("-inf")
 CHUNK = 64
-
-
-class Cache(Protocol):
-    def reorder(self, parents: Tensor) -> None: ...
-    def keep(self, contexts: Tensor) -> None: ...
 
 
 class CachedModel(Protocol):
     """What the search needs of a model; `model.GPT2LMModel` says what the methods do."""
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]: ...
-    def step(self, input_ids: Tensor, cache: Cache) -> Tensor: ...
+    def prefill(self, input_ids: Tensor, cache: DecodeCache) -> Tensor: ...
+    def decode_step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,8 @@ class _Search:
 
     def run(self, model: CachedModel) -> Iterator[tuple[int, list[Hypothesis]]]:
         """Yield each context's row and hypotheses as soon as it is done."""
-        logits, cache = model.prefill(self.prompts, self.lengths)
+        cache = DecodeCache(self.lengths, self.prompts.size(1))
+        logits = model.prefill(self.prompts, cache)
         if logits.isnan().any():
             raise ValueError("the model's logits are NaN; are its weights damaged?")
         logits = logits.unsqueeze(1)
@@ -157,7 +155,7 @@ class _Search:
                 cache.keep(live)
                 parents = parents[live]
             cache.reorder(parents)
-            logits = model.step(self.tokens[..., -1], cache)
+            logits = model.decode_step(self.tokens[..., -1], cache)
 
     def keep(self, contexts: Tensor) -> None:
         """Drop every context but those of the given indices."""

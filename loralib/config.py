@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from .kinds import KINDS
 
@@ -43,6 +44,17 @@ class LoraConfig:
     def scaling(self) -> float:
         """The factor of BA: alpha / r, with `rslora` alpha / √r."""
         return scaling(self.r, self.alpha, self.rslora)
+
+    def layer_settings(self) -> dict[str, Any]:
+        """The settings of a Linear or MergedLinear, by the names that its constructor has from
+        PyPI's loralib."""
+        return {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "kind": self.kind,
+        }
 
 
 def scaling(r: int, alpha: float, rslora: bool) -> float:

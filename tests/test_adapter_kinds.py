@@ -16,6 +16,7 @@ import checkpoints
 import gpt2_ft
 import loralib as lora
 from common.errors import InputError
+from decoding.packed import pack
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 from optimizer import create_grouped_parameters
 from training import setup
@@ -414,7 +415,7 @@ def test_every_kind_trains_stops_goes_on_to_equal_bytes_and_decodes_by_its_file_
         expected = runs[0].model.eval()(ids)[0]
         model, header = checkpoints.load(tiny.base, whole)
         assert (model(ids)[0] - expected).abs().max() < 1e-5
-        assert (model.pack()(ids)[0] - expected).abs().max() < 1e-5
+        assert (pack(model)(ids)[0] - expected).abs().max() < 1e-5
     plain, _ = checkpoints.load(tiny.base)
     with torch.no_grad():
         assert (plain(ids)[0] - expected).abs().max() > 1e-4

@@ -21,28 +21,20 @@ from decoding.beam_search import (
     beam_search,
     largest,
 )
+from decoding.cache import DecodeCache
+from decoding.packed import pack
 from model import GPT2Config, GPT2LMModel
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 @dataclass
-class StateCache:
-    """One number per beam that stands for all it has read, so a wrong reordering shows."""
-
-    states: Tensor
-    step: int = 0
-
-    def reorder(self, parents: Tensor) -> None:
-        self.states = self.states.expand(-1, parents.size(1)).gather(1, parents)
-
-    def keep(self, contexts: Tensor) -> None:
-        self.states = self.states[contexts]
-
-
-@dataclass
 class TableModel:
-    """Logits from a random table (steps, states, V); the state is a function of the whole text."""
+    """Logits from a random table (steps, states, V); the state is a function of the whole text.
+
+    The cache holds as keys the states that the tokens of its slots have led to, and as values the
+    numbers of generated tokens up to there, so a wrong reordering shows.
+    """
 
     table: Tensor
     steps: int = field(default=0, init=False)
@@ -50,10 +42,13 @@ class TableModel:
     def next(self, states: Tensor, tokens: Tensor) -> Tensor:
         return (states * 31 + tokens + 1) % self.table.size(1)
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, StateCache]:
-        states = [self.read(row[:n]) for row, n in zip(input_ids, lengths, strict=True)]
-        cache = StateCache(torch.tensor(states)[:, None])
-        return self.table[0, cache.states[:, 0]].clone(), cache
+    def prefill(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
+        states = [torch.zeros(len(input_ids), dtype=torch.int64)]
+        for tokens in input_ids.T:
+            states.append(self.next(states[-1], tokens))
+        keys = torch.stack(states[1:], dim=1)
+        cache.add_layer(keys[..., None, None], torch.zeros_like(keys)[..., None, None])
+        return self.table[0, keys[torch.arange(len(keys)), cache.positions - 1]].clone()
 
     def read(self, prompt: Tensor) -> int:
         state = torch.tensor(0)
@@ -61,11 +56,14 @@ class TableModel:
             state = self.next(state, token)
         return int(state)
 
-    def step(self, input_ids: Tensor, cache: StateCache) -> Tensor:
+    def decode_step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
         self.steps += 1
-        cache.step += 1
-        cache.states = self.next(cache.states, input_ids)
-        return self.table[cache.step, cache.states].clone()
+        newest = (cache.visible * torch.arange(cache.visible.size(2))).amax(dim=2)  # (B, K)
+        states, counts = (held[:, :, 0, 0].gather(1, newest) for held in cache.layers[0])
+        states, counts = self.next(states, input_ids), counts + 1
+        cache.add_slots(input_ids.size(1))
+        cache.append(0, states[..., None, None], counts[..., None, None])
+        return self.table[counts, states].clone()
 
     def logits(self, prompt: Tensor, tokens: list[int]) -> Tensor:
         """Logits (V,) behind a prompt and what was generated."""
@@ -399,9 +397,10 @@ def test_cached_steps_give_the_logits_of_whole_texts_through_reordering_and_leav
     model, beams, draw = small_gpt2(), 3, torch.Generator().manual_seed(0)
     prompts = ragged_prompts(4)
     texts = [[prompt] * beams for prompt in prompts]
-    runner = small_gpt2().pack() if packed else model
+    runner = pack(small_gpt2()) if packed else model
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    logits, cache = runner.prefill(padded, torch.tensor([len(p) for p in prompts]))
+    cache = DecodeCache(torch.tensor([len(prompt) for prompt in prompts]), padded.size(1))
+    logits = runner.prefill(padded, cache)
     for row, prompt in zip(logits, prompts, strict=True):
         torch.testing.assert_close(row, model(prompt[None])[0][0, -1], atol=1e-4, rtol=0)
     parents = torch.zeros(len(prompts), beams, dtype=torch.int64)
@@ -412,7 +411,7 @@ def test_cached_steps_give_the_logits_of_whole_texts_through_reordering_and_leav
             [torch.cat((text[k], token[None])) for k, token in zip(order, row, strict=True)]
             for text, order, row in zip(texts, parents.tolist(), tokens, strict=True)
         ]
-        logits = runner.step(tokens, cache)
+        logits = runner.decode_step(tokens, cache)
         for text, rows in zip(texts, logits, strict=True):
             whole = model(torch.stack(text))[0][:, -1]
             torch.testing.assert_close(rows, whole, atol=1e-4, rtol=0)
@@ -426,10 +425,11 @@ def test_cached_steps_give_the_logits_of_whole_texts_through_reordering_and_leav
 def test_the_cache_keeps_only_what_some_beam_still_sees() -> None:
     model, beams = small_gpt2(), 4
     with torch.inference_mode():
-        _, cache = model.prefill(torch.ones(1, 6, dtype=torch.int64), torch.tensor([6]))
+        cache = DecodeCache(torch.tensor([6]), 6)
+        model.prefill(torch.ones(1, 6, dtype=torch.int64), cache)
         cache.reorder(torch.zeros(1, beams, dtype=torch.int64))
         for _ in range(50):
-            model.step(torch.ones(1, beams, dtype=torch.int64), cache)
+            model.decode_step(torch.ones(1, beams, dtype=torch.int64), cache)
             cache.reorder(torch.zeros(1, beams, dtype=torch.int64))
     room = cache.STEPS_OF_ROOM * beams
     assert cache.layers[0][0].size(1) <= 6 + 50 + room
@@ -461,7 +461,7 @@ def oracle() -> tuple[GPT2LMModel, dict[str, dict]]:
     positions = state["wpe.weight"].size(0)
     model = GPT2LMModel(GPT2Config(vocab_size=decodes["vocab"], n_positions=positions, **shape))
     checkpoints.load_weights(model, state)
-    return model.eval().pack(), {decode["name"]: decode for decode in decodes["sets"]}
+    return pack(model.eval()), {decode["name"]: decode for decode in decodes["sets"]}
 
 
 ORACLE_RUNS = [

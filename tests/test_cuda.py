@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import Tiny, finish, start
 
+from decoding.cache import DecodeCache
 from model import GPT2Config, GPT2LMModel
 
 pytestmark = pytest.mark.skipif(
@@ -58,8 +59,9 @@ def test_logits_and_steps_of_decoding_on_a_gpu_are_those_of_a_cpu() -> None:
     for device in ("cpu", "cuda"):
         model.to(device)
         with torch.no_grad():
-            logits, cache = model.prefill(prompts.to(device), lengths.to(device))
+            cache = DecodeCache(lengths.to(device), prompts.size(1))
+            logits = model.prefill(prompts.to(device), cache)
             cache.reorder(torch.zeros(3, 2, dtype=torch.int64, device=device))
-            found.append((logits.cpu(), model.step(tokens.to(device), cache).cpu()))
+            found.append((logits.cpu(), model.decode_step(tokens.to(device), cache).cpu()))
     for cpu, cuda in zip(*found, strict=True):
         torch.testing.assert_close(cuda, cpu, atol=1e-3, rtol=1e-3)

@@ -14,6 +14,7 @@ from conftest import VOCABULARY, random_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from common.errors import InputError
@@ -210,20 +211,29 @@ def test_long_contexts_lose_their_head_and_completions_keep_their_end(tmp_path: 
         assert item["input"][0] == row["context"][0] + len(row["context"]) - (
             32 - len(row["completion"])
         )
-    assert data[0]["query"].tolist() == long["context"][-22:]
+    assert data.query(0).tolist() == long["context"][-22:]
 
 
-def test_a_batch_is_its_rows_padded_to_the_last_counted_position(tmp_path: Path) -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_batch_is_its_rows_one_after_the_other_up_to_what_counts(
+    tmp_path: Path, joint: bool
+) -> None:
     rows = random_rows(9)
-    data = dataset(tmp_path, rows, 32)
+    data = dataset(tmp_path, rows, 32, joint_lm=joint)
     batch = data.batch([4, 0, 8])
-    width = max(len(rows[i]["context"] + rows[i]["completion"]) for i in (4, 0, 8)) - 1
-    assert batch["input"].shape == batch["mask"].shape == (3, width)
-    assert (batch["input"].dtype, batch["mask"].dtype) == (torch.int64, torch.float32)
-    for line, i in enumerate((4, 0, 8)):
-        counted = batch["mask"][line] > 0
-        assert batch["target"][line][counted].tolist() == rows[i]["completion"]
-        assert batch["input"][line][0] == rows[i]["context"][0]
+    dtypes = {key: value.dtype for key, value in vars(batch).items() if isinstance(value, Tensor)}
+    assert dtypes.pop("weights") == torch.float32 and set(dtypes.values()) == {torch.int64}
+    whole = [rows[i]["context"] + rows[i]["completion"] for i in (4, 0, 8)]
+    ends = [rows[i]["completion"] for i in (4, 0, 8)] if not joint else [row[1:] for row in whole]
+    assert batch.input_ids.tolist() == [token for row in whole for token in row[:-1]]
+    assert batch.lengths == [len(row) - 1 for row in whole]
+    assert batch.positions.tolist() == [i for row in whole for i in range(len(row) - 1)]
+    assert batch.targets.tolist() == [token for end in ends for token in end]
+    before = [row[-len(end) - 1 : -1] for row, end in zip(whole, ends, strict=True)]
+    assert batch.input_ids[batch.counted].tolist() == [token for part in before for token in part]
+    assert batch.weights.tolist() == [1.0] * len(batch.targets) and batch.count == len(
+        batch.targets
+    )
     assert data.num_batches == 5
     assert data.lengths.tolist() == [len(r["context"]) + len(r["completion"]) for r in rows]
 
@@ -231,7 +241,7 @@ def test_a_batch_is_its_rows_padded_to_the_last_counted_position(tmp_path: Path)
 def test_rows_for_decoding_need_no_completion(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"context": [1, 2]}, {"context": [3]}])
     data = FT_Dataset(path, 2, 8, vocab_size=VOCABULARY, need_completion=False)
-    assert np.array_equal(data[0]["query"], [1, 2])
+    assert np.array_equal(data.query(0), [1, 2])
     with pytest.raises(InputError, match="line 1: completion is missing"):
         FT_Dataset(path, 2, 8, vocab_size=VOCABULARY)
 

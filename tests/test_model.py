@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from conftest import TINY_CARD, random_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import checkpoints
 import loralib as lora
 import model
 from checkpoints.base import canonical_name
+from common.batch import Batch
 from common.errors import InputError
+from decoding.cache import DecodeCache
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 
 
@@ -282,3 +285,67 @@ def test_attention_of_padded_sequences_is_that_of_each_by_itself() -> None:
     torch.testing.assert_close(
         *(torch.autograd.grad(out.square().sum(), fused)[0] for out in (found, expected))
     )
+
+
+def small_batch(seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], Batch]:
+    """Three rows of unequal lengths as a user gives them, and as the collation does."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = torch.randint(64, (2, 3, 9), generator=generator).unbind()
+    mask = torch.zeros(3, 9)
+    mask[0, 2:5] = mask[1, 8] = mask[2, 0] = 1
+    return (ids, labels, mask), Batch.from_padded(ids, labels, mask)
+
+
+def test_a_batch_and_the_padded_rows_it_stands_for_have_one_loss_and_one_gradient() -> None:
+    padded, batch = small_batch()
+    assert batch.lengths == [5, 9, 1] and batch.count == 5
+    assert batch.counted.tolist() == [2, 3, 4, 13, 14]
+    torch.manual_seed(0)
+    gpt = tiny_model(lora_attn_dim=2)
+    results = []
+    for arguments in (padded, (batch,)):
+        gpt.zero_grad()
+        logits, loss = gpt(*arguments, label_smooth=0.1)
+        loss.backward()
+        assert logits is None
+        results.append([loss.detach(), *(p.grad for p in gpt.parameters() if p.grad is not None)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_every_module_is_called_so_that_hooks_and_profilers_see_it() -> None:
+    gpt, (_, batch) = tiny_model(lora=lora.LoraConfig(2, targets=model.ALL_TARGETS)), small_batch()
+    expected, called = set(), set()
+    for name, module in gpt.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        if type(module) is not nn.ModuleList:
+            expected.add(name)
+    gpt(batch)
+    assert called == expected
+    called.clear()
+    with torch.no_grad():
+        cache = DecodeCache(torch.tensor([9, 9, 9]), 9)
+        gpt.prefill(torch.zeros(3, 9, dtype=torch.int64), cache)
+    assert called == expected - {""}
+
+
+class NoWaiting(TorchFunctionMode):
+    """Fails on whatever makes a host wait for a device, or a result depend on what is in one."""
+
+    FORBIDDEN = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "nonzero"}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        assert func.__name__ not in self.FORBIDDEN, func
+        if func is Tensor.__getitem__:
+            keys = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(k, Tensor) and k.dtype == torch.bool for k in keys)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+def test_nothing_in_a_packed_step_waits_for_the_device(kind: str) -> None:
+    config = lora.LoraConfig(2, dropout=0.1, targets=("q", "v", "fc"), kind=kind)
+    gpt, (padded, batch) = tiny_model(lora=config), small_batch()
+    with NoWaiting():
+        gpt(batch, label_smooth=0.1)[1].backward()
+    with pytest.raises(AssertionError), NoWaiting():
+        gpt(*padded)

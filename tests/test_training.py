@@ -15,6 +15,7 @@ from conftest import ROOT, Tiny, random_rows, refusal, through_a_pipe, write_row
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.nn.utils.rnn import pad_sequence
 
 import checkpoints
 import gpt2_ft
@@ -68,9 +69,8 @@ def test_losses_and_adapter_equal_the_oracles_over_50_steps(shared: Path, tmp_pa
     scheduler = create_optimizer_scheduler(adam, optimizer_settings)
     for micro, loss, norm in zip(batches, oracle["losses"], oracle["grad_norms"], strict=True):
         batch = data.batch(micro)
-        _, ours = gpt(batch["input"], batch["target"], batch["mask"], oracle["label_smooth"])
-        counted = batch["mask"].sum()
-        ours = ours * (counted / (counted + 1e-4))  # the original's denominator
+        _, ours = gpt(batch, label_smooth=oracle["label_smooth"])
+        ours = ours * (batch.count / (batch.count + 1e-4))  # the original's denominator
         assert abs(float(ours.detach()) - loss) < 1e-5
         ours.backward()
         gradients = [p.grad for p in gpt.parameters() if p.grad is not None]
@@ -81,6 +81,16 @@ def test_losses_and_adapter_equal_the_oracles_over_50_steps(shared: Path, tmp_pa
     final = dict(gpt.named_parameters())
     for name, tensor in adapter("lora_final.").items():
         assert (final[name].detach() - tensor).abs().max() < 1e-5, name
+
+
+def padded(data: FT_Dataset, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels and mask of some rows, (B, T) each: the form in which a user gives a batch."""
+    items = [data[row] for row in rows]
+    columns = (
+        [torch.from_numpy(item[key]) for item in items] for key in ("input", "target", "mask")
+    )
+    ids, labels, mask = (pad_sequence(column, batch_first=True) for column in columns)
+    return ids, labels, mask
 
 
 def make_run(tiny: Tiny, *more: object) -> Run:
@@ -122,10 +132,9 @@ def test_gradient_of_four_rows_is_that_of_four_micro_batches_of_one(tiny: Tiny) 
 
     fresh = make_run(tiny)
     randomize_adapter(fresh)
-    batch = fresh.train.batch([0, 1, 2, 3])
-    logits, _ = fresh.model(batch["input"])
-    counted = batch["mask"] > 0
-    F.cross_entropy(logits[counted], batch["target"][counted], label_smoothing=0.1).backward()
+    ids, labels, mask = padded(fresh.train, [0, 1, 2, 3])
+    logits, _ = fresh.model(ids)
+    F.cross_entropy(logits[mask > 0], labels[mask > 0], label_smoothing=0.1).backward()
     for name, parameter in fresh.trained.items():
         assert parameter.grad.abs().max() > 0
         for gradients in (whole, micro):
@@ -137,16 +146,16 @@ def test_a_step_reports_the_token_mean_and_the_norm_before_clipping(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tiny, "--clip", 0.01)
-    batch = run.train.batch([0, 1, 2])
+    ids, labels, mask = padded(run.train, [0, 1, 2])
     with torch.no_grad():
-        expected = float(run.model(batch["input"], batch["target"], batch["mask"], 0.1)[1])
+        expected = float(run.model(ids, labels, mask, 0.1)[1])
     results = []
     real = gpt2_ft.optimizer_step
     monkeypatch.setattr(gpt2_ft, "optimizer_step", lambda *a: results.append(real(*a)))
     clipped = step_gradients(run, [[0, 1], [2]])
     ((loss, counted, norm),) = results
     assert loss == pytest.approx(expected, abs=1e-6)
-    assert counted == float(batch["mask"].sum())
+    assert counted == float(mask.sum())
     assert norm > 0.01
     assert torch.nn.utils.get_total_norm(clipped.values()) == pytest.approx(0.01, rel=1e-3)
 
@@ -169,8 +178,8 @@ def spoil_backward(run: Run, steps: set[int]) -> None:
     """Make the loss of the given calls of the model infinite."""
     real, calls = run.model.forward, iter(range(10**6))
 
-    def forward(*inputs: object) -> tuple:
-        logits, loss = real(*inputs)
+    def forward(*inputs: object, **settings: object) -> tuple:
+        logits, loss = real(*inputs, **settings)
         return logits, loss * math.inf if next(calls) in steps else loss
 
     run.model.forward = forward
@@ -237,11 +246,10 @@ def test_validation_is_the_unsmoothed_token_mean_for_any_batch_size_and_call(tin
     run.model.eval()
     with torch.no_grad():
         for i in range(10):
-            batch = run.valid.batch([i])
-            logits, _ = run.model(batch["input"])
-            counted = batch["mask"] > 0
-            losses = F.cross_entropy(logits[counted], batch["target"][counted], reduction="sum")
-            sums, tokens = sums + float(losses), tokens + int(counted.sum())
+            ids, labels, mask = padded(run.valid, [i])
+            logits, _ = run.model(ids)
+            losses = F.cross_entropy(logits[mask > 0], labels[mask > 0], reduction="sum")
+            sums, tokens = sums + float(losses), tokens + int(mask.sum())
     run.model.train()
     for size in (1, 1, 2, 4, 5, 10, 100):
         loss, perplexity = gpt2_ft.evaluate(run.model, run.valid, run.runtime, size)

@@ -1,0 +1,46 @@
+"""A model's weights laid out once for fast decoding on a CPU."""
+
+import torch
+from torch import Tensor, nn
+
+import loralib
+from model import GPT2LMModel
+
+
+class PackedLinear(nn.Module):
+    """A linear map on a CPU, its weight laid out once the way oneDNN's kernels read it.
+
+    Up to twice as fast as F.linear on the few rows of a decoding step; for inference only.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` is (out, in), fp32, on the CPU."""
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+@torch.no_grad()
+def pack(model: GPT2LMModel) -> GPT2LMModel:
+    """Merge the adapter and lay all weights out for fast decoding; return the model itself.
+
+    From then on it can only be run: there is nothing left to train, save or load into. A layer that
+    is merged already is not merged again. Where there is no oneDNN for it (GPU, other precisions)
+    the model is merged and that is all.
+    """
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, loralib.Linear)]
+    for _, layer in linears:
+        if not layer.merged:
+            layer.merge()
+    embedding = model.transformer.wte.weight
+    fits = embedding.device.type == "cpu" and embedding.dtype == torch.float32
+    if fits and torch.backends.mkldnn.is_available():
+        for name, layer in linears:
+            weight, _ = layer.serving_weight()
+            rows = weight.T if layer.fan_in_fan_out else weight
+            model.set_submodule(name, PackedLinear(rows, layer.bias))
+        model.packed_head = PackedLinear(model.head_weight, None)
+    return model

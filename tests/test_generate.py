@@ -73,9 +73,7 @@ def test_a_prompt_ends_with_the_end_token_and_keeps_its_tail_where_it_is_too_lon
     tokenizer = load_tokenizer(NANO)
     model, header = checkpoints.load(NANO)
     asked = []
-    model.prefill = lambda ids, lengths: (
-        asked.append(ids) or type(model).prefill(model, ids, lengths)
-    )
+    model.prefill = lambda ids, cache: asked.append(ids) or type(model).prefill(model, ids, cache)
     text = " ".join(["name : The Green Owl |"] * 200)
     decoding.generate(model.train(), tokenizer, [text], beam=1, eval_len=2)
     whole = tokenizer.encode(text).ids

@@ -215,32 +215,27 @@ class Item(TypedDict):
 
 
 class FT_Dataset(Dataset):
-    """Rows cut to the window: items and batches for training, queries for decoding.
+    """Rows for training, cut to the window.
 
     A sequence is context + completion, and `target` is `input` shifted by one: this is the only
     place that shifts. With `joint_lm` every target counts, otherwise those of the completion.
 
     What is too long loses the head of its context, never its completion or end token. Only a
-    completion that fills the window alone is cut at its tail. Decoding cuts its queries likewise,
-    to `max_seq_length - max_eval_length`. `contexts_cut` and `completions_cut` count both.
+    completion that fills the window alone is cut at its tail. `contexts_cut` and `completions_cut`
+    count both.
     """
 
     def __init__(
         self,
         ft_file: str | Path,
-        batch_size: int,
         max_seq_length: int,
-        max_eval_length: int = 0,
         joint_lm: bool = False,
         tokenizer: Tokenizer | None = None,
         vocab_size: int = 50257,
-        need_completion: bool = True,
         fields: str | None = None,
     ) -> None:
-        self.rows = read_rows(ft_file, tokenizer, vocab_size, need_completion, fields)
-        self.num_batches = math.ceil(len(self.rows) / batch_size)
+        self.rows = read_rows(ft_file, tokenizer, vocab_size, fields=fields)
         self.max_seq_length = max_seq_length
-        self.max_query_length = max_seq_length - max_eval_length
         self.joint_lm = joint_lm
         contexts, completions = self.rows.lengths.T
         room = max_seq_length - completions
@@ -259,10 +254,6 @@ class FT_Dataset(Dataset):
         mask = np.zeros(len(tokens), dtype=np.float32)
         mask[0 if self.joint_lm else len(context) - 1 : len(tokens) - 1] = 1
         return {"input": tokens, "target": np.append(tokens[1:], 0), "mask": mask}
-
-    def query(self, index: int) -> np.ndarray:
-        """The context of a row as decoding reads it, (P,) int64."""
-        return self.rows[index].context[-self.max_query_length :]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows of these numbers, each up to its last position that counts."""

@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             "adapter": str(folder / "adapter.safetensors"), "card": common.SIZES[args.size],
             "shape": shape, "dropout": 0.1, "lr": 2e-4,
         }  # fmt: skip
-        data = FT_Dataset(data_path, args.batch, 512)
+        data = FT_Dataset(data_path, 512)
         sampler = EpochSampler(len(data), args.batch, seed=110)
         batches = [rows for epoch in range(1, 9) for (rows,) in sampler.steps(epoch)]
         timed = batches[: args.rounds * args.steps]

@@ -173,7 +173,7 @@ def plain_step(
     settings: dict, model: nn.Module, loss_of: Callable[..., Tensor]
 ) -> Callable[[list[int]], float]:
     """A step as a user writes it."""
-    data = FT_Dataset(settings["data"], settings["batch"], PADDED)
+    data = FT_Dataset(settings["data"], PADDED)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings["lr"], eps=1e-6, weight_decay=0.01)
 

@@ -74,7 +74,7 @@ def test_a_lone_surrogate_is_no_text(tmp_path: Path, nano_tokenizer_folder: Path
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"context": "a\\ud800", "completion": "b"}')
     with pytest.raises(InputError, match="line 1: context holds a lone surrogate"):
-        FT_Dataset(path, 1, 8, tokenizer=load_tokenizer(nano_tokenizer_folder), vocab_size=300)
+        FT_Dataset(path, 8, tokenizer=load_tokenizer(nano_tokenizer_folder), vocab_size=300)
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def test_byte_order_mark_crlf_and_separators_inside_texts_do_not_matter(
     assert "\u2028" in lines[0] and "\u0085" in lines[0]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    data = FT_Dataset(path, 1, 99, tokenizer=load_tokenizer(nano_tokenizer_folder), vocab_size=257)
+    data = FT_Dataset(path, 99, tokenizer=load_tokenizer(nano_tokenizer_folder), vocab_size=257)
     assert len(data) == 3
     assert all(len(row.context) == len(odd.encode()) + 1 for row in data.rows)
 
@@ -110,13 +110,13 @@ def test_a_row_of_a_million_characters_is_read_and_cut_and_a_longer_one_refused(
     rows.append({"context": "name : x y " * 90_000, "completion": "b"})
     path = write_rows(tmp_path / "rows.jsonl", rows)
     tokenizer = load_tokenizer(nano_tokenizer_folder)
-    data = FT_Dataset(path, 1, 32, tokenizer=tokenizer, vocab_size=257)
+    data = FT_Dataset(path, 32, tokenizer=tokenizer, vocab_size=257)
     assert data.contexts_cut == 2
     assert [len(data[i]["input"]) for i in (0, 1)] == [32, 32]
     rows.append({"context": "name : x y " * 100_000, "completion": "b"})
     write_rows(path, rows)
     with pytest.raises(InputError, match="line 3: longer than 1,048,576 characters"):
-        FT_Dataset(path, 1, 32, tokenizer=tokenizer, vocab_size=257)
+        FT_Dataset(path, 32, tokenizer=tokenizer, vocab_size=257)
 
 
 JSON = st.recursive(
@@ -144,7 +144,7 @@ def test_any_file_gives_good_rows_or_one_sentence_with_its_name(
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     try:
-        data = FT_Dataset(path, 2, 16, vocab_size=VOCABULARY)
+        data = FT_Dataset(path, 16, vocab_size=VOCABULARY)
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return

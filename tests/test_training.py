@@ -41,7 +41,7 @@ MODULES = sorted(
 def test_losses_and_adapter_equal_the_oracles_over_50_steps(shared: Path, tmp_path: Path) -> None:
     oracle = json.loads((shared / "oracle" / "train.json").read_text(encoding="utf-8"))
     rows = write_rows(tmp_path / "valid.jsonl", list(e2e_rows(shared / "data/e2e/valid.txt")))
-    data = FT_Dataset(rows, 8, 128, tokenizer=load_tokenizer(shared / "data" / "gpt2_vocab"))
+    data = FT_Dataset(rows, 128, tokenizer=load_tokenizer(shared / "data" / "gpt2_vocab"))
     steps = EpochSampler(len(data), 8, seed=110).steps(1)
     batches = [micro for (micro,), _ in zip(steps, range(50), strict=False)]
     assert batches == oracle["ids"]

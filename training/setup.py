@@ -201,10 +201,9 @@ def load_data(
 ) -> tuple[FT_Dataset, FT_Dataset | None]:
     """Return training and validation rows; says how many were too long for the window."""
 
-    def load(path: str, size: int) -> FT_Dataset:
+    def load(path: str) -> FT_Dataset:
         data = FT_Dataset(
             path,
-            size,
             args.seq_len,
             joint_lm=args.obj == "jlm",
             tokenizer=tokenizer,
@@ -218,8 +217,8 @@ def load_data(
             )
         return data
 
-    train = load(args.train_data, args.train_batch_size)
-    return train, load(args.valid_data, args.valid_batch_size) if args.valid_data else None
+    train = load(args.train_data)
+    return train, load(args.valid_data) if args.valid_data else None
 
 
 def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: dict | None) -> Plan:

@@ -1,10 +1,10 @@
-"""B of a MergedLinear three ways: the original's grouped convolution, one dense block-diagonal
-matrix, and the products apart that loralib/ has.
+"""Time the product by B in a MergedLinear, computed in three ways.
 
     python -m benchmarks.grouped_conv
 
-Each takes the same (tokens, parts · r) from A, forward and backward; outputs and gradients must
-agree. The result goes to results/bench/.
+They are the original's grouped convolution, one dense block-diagonal matrix, and the separate
+products of loralib/. Each takes the same (tokens, parts · r) from A, forward and backward; outputs
+and gradients must agree. The result goes to results/bench/.
 """
 
 import argparse

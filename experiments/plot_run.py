@@ -1,9 +1,9 @@
-"""Draw runs side by side: loss, perplexity and learning rate from their log.jsonl, scores where a
-run has been scored.
+"""Draw runs side by side: loss, perplexity, learning rate, and scores where there are any.
 
     python -m experiments.plot_run runs/a runs/b --output runs.png
 
-Scores are those of a scores.json or result.json in the run's folder or the one above it.
+The curves come from each run's log.jsonl, the scores from a scores.json or result.json in the run's
+folder or the one above it.
 """
 
 import argparse
@@ -59,7 +59,9 @@ def draw_scores(axes: object, scores: list[dict[str, float]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="work_dir of a run")
     parser.add_argument("--output", type=Path, default="runs.png", help="default: %(default)s")
     args = parser.parse_args(argv)

@@ -1,4 +1,6 @@
-"""Rebuild every table and figure of README and docs from results/: `python -m experiments.tables`.
+"""Rebuild every table and figure of README and docs from results/.
+
+    python -m experiments.tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page is left alone.
 With `--check` nothing is written, and what differs from results/ is named. Figures need matplotlib
@@ -25,10 +27,6 @@ PAGES = (
     "README.md", "README.zh-CN.md", "docs/experiments.md", "docs/lora.md", "docs/performance.md",
 )  # fmt: skip
 RESULTS, FIGURES = ROOT / "results", ROOT / "docs" / "figures"
-NAMES = {
-    "lora": "LoRA", "rslora": "rsLoRA", "lora_plus": "LoRA+", "dora": "DoRA", "pissa": "PiSSA",
-    "lora_fa": "LoRA-FA", "full": "full fine-tuning", "top2": "FT-Top2", "bitfit": "BitFit",
-}  # fmt: skip
 # Name, factor and digits of each score, on the scales of the paper's Table 3.
 SCORES = {
     "BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE_L": (100, 1), "CIDEr": (1, 2),
@@ -75,7 +73,7 @@ def kinds_table(results: list[dict]) -> str:
     for setting in dict.fromkeys(Setting(s.kind) for s in settings_of("kinds")):
         runs = runs_of(results, setting)
         lr = f"{runs[0]['lr']:g}" if runs else ""
-        rows.append([NAMES[setting.kind], trained(runs), lr, *score_cells(runs)])
+        rows.append([figures.NAMES[setting.kind], trained(runs), lr, *score_cells(runs)])
     return grid(["method", "trained", "lr", *SCORE_HEADS], rows)
 
 
@@ -124,7 +122,7 @@ def headline_table(results: list[dict]) -> str:
         runs = runs_of(results, setting)
         rank = f", r {setting.rank}" if setting.kind in ("lora", "dora") else ""
         *scores, _ = score_cells(runs)
-        rows.append([NAMES[setting.kind] + rank, trained(runs), *scores])
+        rows.append([figures.NAMES[setting.kind] + rank, trained(runs), *scores])
     return grid(["method", "trained", *SCORE_HEADS[:-1]], rows)
 
 

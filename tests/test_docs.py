@@ -219,6 +219,13 @@ def test_flags_of_a_page_exist(page: Path) -> None:
     assert unknown == []
 
 
+def test_the_help_of_a_program_begins_with_a_whole_sentence() -> None:
+    for path in sorted(ROOT.glob("*/*.py")):
+        text = path.read_text(encoding="utf-8")
+        if path.parent.name != "tests" and "description=__doc__.splitlines()[0]" in text:
+            assert re.match(r'"""[^\n]*[.?]\n', text), path
+
+
 def test_the_tree_of_the_readme_names_every_file_at_the_top() -> None:
     text = ENGLISH.read_text(encoding="utf-8")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)

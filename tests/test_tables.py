@@ -1,11 +1,14 @@
 """Tables and figures are those of results/, and say nothing that was not run."""
 
+import itertools
 import json
 import statistics
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import InputError
 from experiments import figures, plot_run, tables
@@ -78,6 +81,31 @@ def test_a_figure_carries_the_digest_of_the_numbers_it_shows(name: str, tmp_path
     figures.draw(path, runs)
     assert figures.source_of(path) == figures.digest(name, runs)
     assert figures.digest(name, runs) != figures.digest(name, SWEEP)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.2))
+def test_labels_are_moved_apart_in_their_order_and_no_further_than_needed(places, gap) -> None:
+    moved = figures.spread(places, gap)
+    order = sorted(range(len(places)), key=lambda i: (places[i], i))
+    ordered = [moved[i] for i in order]
+    assert all(b - a > gap - 1e-9 for a, b in itertools.pairwise(ordered))
+    assert statistics.mean(moved) == pytest.approx(statistics.mean(places))
+    if all(b - a > gap for a, b in itertools.pairwise(sorted(places))):
+        assert moved == pytest.approx(places)
+
+
+@pytest.mark.parametrize("name", ["bleu_by_rank", "low_data", "bleu_by_trained"])
+def test_an_axis_of_bleu_starts_at_zero_and_a_figure_has_a_title(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    figures.draw(tmp_path / f"{name}.png", [a_run(bleu=0.40), a_run(bleu=0.41), a_run(rank=16)])
+    axes = drawn[0].axes[0]
+    limits = axes.get_xlim() if name == "bleu_by_trained" else axes.get_ylim()
+    assert limits[0] == 0 and drawn[0].get_suptitle()
 
 
 def test_points_are_mean_least_and_greatest_over_seeds() -> None:

@@ -200,8 +200,11 @@ def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
 
 
 def write_tokenizer(vocab: str, folder: Path, window: int) -> list[Path]:
-    """Write the vocabulary under transformers' names, and as one tokenizer.json."""
-    for path, name in zip(vocabulary_files(vocab), ("vocab.json", "merges.txt"), strict=True):
+    """Write the vocabulary as one tokenizer.json, and its two files, if there are two, under
+    transformers' names."""
+    files = vocabulary_files(vocab)
+    names = ["vocab.json", "merges.txt"] if len(files) == 2 else []
+    for path, name in zip(files, names, strict=False):
         with path.open("rb") as source, replacing(folder / name, "wb") as target:
             shutil.copyfileobj(source, target)
     tokenizer = load_tokenizer(vocab)
@@ -211,8 +214,7 @@ def write_tokenizer(vocab: str, folder: Path, window: int) -> list[Path]:
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": window}
     write_json(folder / "tokenizer_config.json", settings | {"add_prefix_space": False} | special)
-    names = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
-    return [folder / name for name in names]
+    return [folder / name for name in (*names, "tokenizer.json", "tokenizer_config.json")]
 
 
 def write_card(path: Path, text: str) -> Path:

@@ -1,12 +1,12 @@
 """Rows, tokenizer, truncation, collation and sampler."""
 
 import itertools
-import json
 import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, random_rows, write_rows
@@ -26,7 +26,6 @@ from data_utils import (
     default_end_ids,
     load_tokenizer,
     read_rows,
-    vocabulary_fingerprint,
 )
 
 EOS = 50256
@@ -116,46 +115,29 @@ def test_text_and_encoded_rows_give_the_same_ids(
             assert other_row.completion.tolist() == row["completion"]
 
 
+def test_a_completion_that_brings_its_blank_gets_no_second_one(
+    gpt2_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [{"prompt": " a b", "completion": text} for text in ("c d", " c d", "  c d", "\tc")]
+    read = read_rows(write_rows(tmp_path / "rows.jsonl", rows), gpt2_tokenizer, 50257)
+    texts = [gpt2_tokenizer.decode(row.completion[:-1].tolist()) for row in read]
+    assert texts == [" c d", " c d", "  c d", " \tc"]
+    assert {gpt2_tokenizer.decode(row.context[:-1].tolist()) for row in read} == {" a b"}
+
+
+def test_a_row_is_kept_in_two_bytes_a_token(gpt2_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", random_rows(50))
+    rows = read_rows(path, gpt2_tokenizer, 50257)
+    assert rows.tokens.dtype == np.uint16 and rows.lengths.sum() == rows.tokens.size
+    assert read_rows(path, None, 2**16 + 1).tokens.dtype == np.int32
+    assert rows[3].context.dtype == np.int64
+    assert [rows[-1].context.tolist()] == [row.context.tolist() for row in rows][-1:]
+    with pytest.raises(IndexError):
+        rows[50]
+
+
 def test_default_end_ids_are_end_of_text_and_the_blank_line(gpt2_tokenizer: Tokenizer) -> None:
     assert default_end_ids(gpt2_tokenizer) == [EOS, 628]
-
-
-def write_vocabulary(folder: Path, entries: dict[str, int], names: tuple[str, str]) -> Path:
-    folder.mkdir()
-    (folder / names[0]).write_text(json.dumps(entries), encoding="utf-8")
-    (folder / names[1]).write_text("#version: 0.2\na b\n", encoding="utf-8")
-    return folder
-
-
-ENTRIES = {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "<|endoftext|>": 4}
-
-
-def test_any_folder_of_a_byte_level_vocabulary_is_read_under_either_naming(tmp_path: Path) -> None:
-    hf = write_vocabulary(tmp_path / "hf", ENTRIES, ("vocab.json", "merges.txt"))
-    openai = write_vocabulary(tmp_path / "openai", ENTRIES, ("encoder.json", "vocab.bpe"))
-    one, two = load_tokenizer(hf), load_tokenizer(openai)
-    assert one.encode("ab ba").ids == [2, 3, 1, 0]
-    assert vocabulary_fingerprint(one) == vocabulary_fingerprint(two)
-    assert default_end_ids(one) == [4]
-    rows = write_rows(tmp_path / "rows.jsonl", [{"context": "ab", "completion": "b"}])
-    (row,) = read_rows(rows, one, 5)
-    assert row.context.tolist() == [2, 4]
-    assert row.completion.tolist() == [3, 1, 4]
-
-
-@pytest.mark.parametrize(
-    "entries, message",
-    [({"a": 0}, "has no entry <|endoftext|>"), ({"a": -1}, "not a BPE file"), (None, "neither")],
-)
-def test_a_folder_without_a_usable_vocabulary_is_refused(
-    entries: dict | None, message: str, tmp_path: Path
-) -> None:
-    folder = tmp_path / "absent"
-    if entries is not None:
-        folder = write_vocabulary(tmp_path / "vocab", entries, ("vocab.json", "merges.txt"))
-        (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    with pytest.raises(InputError, match=message.replace("|", r"\|")):
-        load_tokenizer(folder)
 
 
 def dataset(folder: Path, rows: list[dict], seq_len: int, **options: object) -> FT_Dataset:

@@ -20,6 +20,7 @@ NANO = "data/nano/model.safetensors"
 LEFT_OUT = {
     "bash scripts/quickstart.sh": "makes an environment; tests/test_training.py trains the sample",
     "bash scripts/test.sh": "this is it",
+    "pip install .": "tests/test_package.py",
     "bash scripts/test.sh tests/test_cuda.py": "the same",
     "bash scripts/download_vocab.sh": "tests/test_downloads.py",
     "bash scripts/download_pretrained_checkpoints.sh gpt2": "tests/test_pretrained.py",

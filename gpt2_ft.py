@@ -37,6 +37,7 @@ from training.resume import check_equal_states, find_state, save
 from training.run import Run, write_adapter
 from training.setup import DEFAULT_EPOCHS, prepare, print_flags, print_sizes, show_plan
 from training.tensorboard import show_settings, show_validation
+from training.trackers import import_wandb
 from training.work_dir import claimed
 
 ROOT = Path(__file__).resolve().parent
@@ -115,6 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--work_dir", help="default: the first free runs/NNN")
     add("--log_interval", type=int, default=100, help="in steps (default: %(default)s)")
     add("--eval_interval", type=int, default=2000, help="in steps, and after each epoch")
+    add("--csv", action="store_true", help="write the log as log.csv, too")
+    add("--wandb", metavar="PROJECT", help="send the log to Weights & Biases, if it is installed")
     add("--valid_samples", type=int, default=3, help="to decode each time, for TensorBoard")
     add("--save_interval", type=int, default=500, help="in steps, and after each epoch")
     add("--save_minutes", type=float, default=0, help="save after so many minutes, too; 0 for not")
@@ -141,6 +144,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**sample | paths, uses_sample=True)
         args = parser.parse_args(argv)
     _check_args(args)
+    if args.wandb:
+        import_wandb()
     return args
 
 
@@ -389,8 +394,13 @@ def print_end(run: Run) -> None:
             f"Stopped early after step {run.step}: {run.no_better} validations without a better "
             f"one than step {run.best_step} (--patience {run.settings.patience})"
         )
-    best = f"; best on validation: {run.adapter_path('best')}" if run.valid else ""
-    print(f"Done. Last adapter: {run.adapter_path(run.step)}{best}")
+    best = ""
+    if run.valid:
+        best = (
+            f"; best on validation: {run.adapter_path('best')}, loss {run.best_loss:.4f} at step "
+            f"{run.best_step:,}"
+        )
+    print(f"Done: {run.step:,} steps. Last adapter: {run.adapter_path(run.step)}{best}")
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import replacing, write_json
+from training import trackers
 
 if TYPE_CHECKING:  # it takes a second to import, and only rank 0 needs it
     from torch.utils.tensorboard import SummaryWriter
@@ -45,12 +46,17 @@ def _git_commit() -> str | None:
 
 class RunLog:
     """Shows and keeps the course of a run: every record goes to log.jsonl and its numbers to
-    TensorBoard. Until it is opened it shows and keeps nothing, which is so on all ranks but 0."""
+    TensorBoard, and where the flags ask for it to a CSV table and to Weights & Biases.
+
+    Until it is opened it shows and keeps nothing, which is so on all ranks but 0.
+    """
 
     def __init__(self, work_dir: Path) -> None:
         self.work_dir = work_dir
         self.file: IO | None = None
         self.writer: SummaryWriter | None = None
+        self.csv = False
+        self.wandb: Any = None
         self.bar = tqdm(disable=True)
 
     @contextmanager
@@ -68,6 +74,9 @@ class RunLog:
         last = {"train": step, "valid": validated_step}
         with replacing(path, "wb") as file:
             file.writelines(line for line in old if _is_done(line, last))
+        self.csv = bool(flags["csv"])
+        if flags["wandb"]:
+            self.wandb = trackers.start_wandb(str(flags["wandb"]), self.work_dir, flags)
         self.bar = tqdm(total=flags["max_step"], initial=step, unit="step", disable=None)
         try:
             with self._reporting():
@@ -93,6 +102,10 @@ class RunLog:
             self.file.flush()
             for name, value in values.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
+        if self.csv:
+            trackers.write_csv(self.work_dir / "log.jsonl", self.work_dir / "log.csv")
+        if self.wandb:
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def show(self, step: int, numbers: dict[str, float], texts: dict[str, str]) -> None:
         """Put on TensorBoard, by their tags, what is no record."""
@@ -126,6 +139,8 @@ class RunLog:
                 self.file.close()
             if self.writer is not None:
                 self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
         self.file = self.writer = None
 
     @contextmanager

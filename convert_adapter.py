@@ -26,9 +26,11 @@ from pathlib import Path
 
 import checkpoints
 from checkpoints import card, hub
+from checkpoints.base import weight_files
 from checkpoints.export import WRITERS, load_average, load_for_export, write_card
 from common.errors import Parser
 from common.errors import run as run_program
+from common.files import check_output, check_output_folder
 from model import MODEL_CARDS
 
 
@@ -52,19 +54,35 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_paths(args: argparse.Namespace, adapters: list[Path]) -> None:
+    """Refuse an output that would replace what is read."""
+    inputs: dict[str, str | Path | None] = {f"--adapter {path}": path for path in adapters}
+    inputs |= {f"--init_checkpoint {path}": path for path in weight_files(args.init_checkpoint)}
+    inputs |= {"--vocab": args.vocab, "--scores": args.scores}
+    check = check_output if args.to in ("safetensors", "pt") else check_output_folder
+    check("--output", Path(args.output), inputs)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the program with the given or the command line's arguments."""
     args = build_parser().parse_args(argv)
     if args.push_to_hub:
         hub.check_push(args.push_to_hub)
-    origin = card.Origin() if args.average else card.read_origin(args.adapter, args.scores)
+    names = args.average or [args.adapter]
+    found = {name: checkpoints.find_adapter(name) for name in names}
+    check_paths(args, [place.path for place in found.values()])
+    for place in found.values():
+        print(f"Adapter {place.path}: {place.reason}")
+    origin = card.Origin()
+    if args.adapter:
+        origin = card.read_origin(found[args.adapter].path, args.scores)
     base = checkpoints.read_base(args.init_checkpoint)
     if args.average:
         adapter = load_average(base, args.average, args.vocab)
     else:
         adapter = load_for_export(
             base,
-            args.adapter,
+            str(found[args.adapter].path),
             args.vocab,
             allow_other_base=args.allow_other_base,
             lora_dim=args.lora_dim,

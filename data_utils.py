@@ -33,14 +33,21 @@ __all__ = [
 ]
 
 
+GPT2_VOCABULARY = 50257
+GPT2_END_IDS = (50256, 628)  # end of text, blank line
+
+
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
     """sha256 over the entries and their ids: equal for equal vocabularies, whatever the files."""
     entries = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(entries.encode()).hexdigest()
 
 
-def default_end_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text: end-of-text and, where it is one token, the blank line."""
+def default_end_ids(tokenizer: Tokenizer | None, vocab_size: int = 0) -> list[int]:
+    """The ids that end a text: end-of-text and, where it is one token, the blank line. Without a
+    tokenizer they are known of GPT-2's vocabulary, by its size, and of no other."""
+    if tokenizer is None:
+        return list(GPT2_END_IDS) if vocab_size == GPT2_VOCABULARY else []
     blank_line = tokenizer.encode("\n\n").ids
     return [tokenizer.token_to_id(END_OF_TEXT), *(blank_line if len(blank_line) == 1 else [])]
 
@@ -71,7 +78,7 @@ class FT_Dataset(Dataset):
         max_seq_length: int,
         joint_lm: bool = False,
         tokenizer: Tokenizer | None = None,
-        vocab_size: int = 50257,
+        vocab_size: int = GPT2_VOCABULARY,
         fields: str | None = None,
     ) -> None:
         self.rows = read_rows(ft_file, tokenizer, vocab_size, fields=fields)

@@ -10,7 +10,6 @@ step everywhere; the global batch is train_batch_size x grad_acc x number of pro
 
 import argparse
 import itertools
-import json
 import math
 import os
 import signal
@@ -18,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +26,7 @@ import loralib as lora
 from common.errors import InputError, Parser
 from common.errors import run as run_program
 from common.process_group import naming_lost_ranks
+from common.sample import sample_settings
 from data.fields import add_fields_flag
 from data_utils import FT_Dataset
 from gpu import Runtime
@@ -40,9 +39,6 @@ from training.tensorboard import show_settings, show_validation
 from training.trackers import import_wandb
 from training.work_dir import claimed
 
-ROOT = Path(__file__).resolve().parent
-SAMPLE = ROOT / "data" / "sample" / "settings.json"
-SAMPLE_PATHS = ("train_data", "valid_data", "init_checkpoint", "vocab")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE_SIGNAL_SECONDS = 1.0
 DROPPED_FLAGS = [
@@ -139,9 +135,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(uses_sample=False)
     args = parser.parse_args(argv)
     if not (args.train_data or args.init_checkpoint):
-        sample = json.loads(SAMPLE.read_text(encoding="utf-8"))
-        paths = {key: str(ROOT / sample[key]) for key in SAMPLE_PATHS}
-        parser.set_defaults(**sample | paths, uses_sample=True)
+        sample = sample_settings()
+        del sample["test_data"]
+        parser.set_defaults(**sample, uses_sample=True)
         args = parser.parse_args(argv)
     _check_args(args)
     if args.wandb:

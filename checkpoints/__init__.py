@@ -2,13 +2,17 @@
 
 from checkpoints.adapter import (
     PEFT_FILES,
+    FoundAdapter,
     apply_trained,
+    assemble,
+    check_vocabulary,
+    find_adapter,
     load,
     load_adapters,
     merge,
-    newest_adapter,
     parse_targets,
     read_adapter,
+    run_flags,
     save_adapter,
 )
 from checkpoints.base import (
@@ -23,8 +27,8 @@ from checkpoints.base import (
 )
 from checkpoints.header import FORMAT_VERSION, AdapterHeader, Base, Vocabulary
 
-__all__ = ["FORMAT_VERSION", "PEFT_FILES", "AdapterHeader", "Base", "BaseWeights", "Vocabulary"]
-__all__ += ["apply_trained", "base_fingerprint", "card_of", "load", "load_adapters"]
-__all__ += ["load_base", "load_weights", "merge", "model_config"]
-__all__ += ["newest_adapter", "parse_targets", "read_adapter", "read_base", "read_tensors"]
-__all__ += ["save_adapter"]
+__all__ = ["FORMAT_VERSION", "PEFT_FILES", "AdapterHeader", "Base", "BaseWeights", "FoundAdapter"]
+__all__ += ["Vocabulary", "apply_trained", "assemble", "base_fingerprint", "card_of"]
+__all__ += ["check_vocabulary", "find_adapter", "load", "load_adapters", "load_base"]
+__all__ += ["load_weights", "merge", "model_config", "parse_targets", "read_adapter", "read_base"]
+__all__ += ["read_tensors", "run_flags", "save_adapter"]

@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import peft as peft_adapter
@@ -31,6 +32,7 @@ from checkpoints.base import (
 from checkpoints.header import AdapterHeader
 from common.errors import InputError
 from common.files import replacing
+from data_utils import vocabulary_fingerprint
 from loralib import LoraConfig
 from model import ALL_TARGETS, LORA_TARGETS, GPT2LMModel
 
@@ -48,27 +50,91 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], header: Adapte
         file.write(data)
 
 
-def read_adapter(path: str | Path) -> tuple[AdapterHeader | None, dict[str, Tensor]]:
-    """Header and tensors of an adapter file, of the newest one in a run's work_dir, or of a folder
-    that PEFT wrote.
+class FoundAdapter(NamedTuple):
+    """The file or PEFT folder that a name of an adapter means, and why that one."""
 
-    Original `.pt` adapters have no header: None is returned in its place.
+    path: Path
+    reason: str
+
+
+def find_adapter(name: str | Path) -> FoundAdapter:
+    """Return what `--adapter` names: a file, a PEFT folder, or a run's work_dir, which stands for
+    the best adapter on validation or, where nothing was validated, for the last. RUN:best, RUN:last
+    and RUN:STEP choose one.
+
+    Raises:
+        InputError: nothing is there, or the run has not what is asked for.
     """
-    path = Path(path)
-    if (path / PEFT_FILES[0]).is_file():
-        return _read_peft(path)
+    path, _, which = str(name).rpartition(":")
+    if not (path and re.fullmatch(r"best|last|\d{1,18}", which)) or Path(name).exists():
+        path, which = str(name), ""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / PEFT_FILES[0]).is_file():
+        return _adapter_of_run(folder, which)
+    if which:
+        raise InputError(f"--adapter {name}: {path} is no work_dir of a run, so leave :{which} out")
+    if not folder.exists():
+        raise InputError(f"--adapter {name} does not exist; give a file, or a run's folder")
+    return FoundAdapter(folder, "a PEFT folder" if folder.is_dir() else "the file named")
+
+
+def _adapter_of_run(run: Path, which: str) -> FoundAdapter:
+    best = run / "model.best.safetensors"
+    steps = saved_steps(run)
+    if which == "best" or (not which and best.is_file()):
+        if not best.is_file():
+            raise InputError(f"--adapter {run}:best: the run validated nothing; give {run}:last")
+        other = f"; {run}:last is the last" if steps and not which else ""
+        return FoundAdapter(best, f"the best on validation{other}")
+    if not steps:
+        raise InputError(f"--adapter {run} holds no model.STEP.safetensors; is it a run's folder?")
+    if which.isdigit() and int(which) not in steps:
+        raise InputError(f"--adapter {run}:{which}: saved are the steps {_listed(steps)}")
+    step = int(which) if which.isdigit() else steps[-1]
+    reason = f"step {step}" if which.isdigit() else f"the last, step {step}"
+    return FoundAdapter(run / f"model.{step}.safetensors", reason)
+
+
+def saved_steps(run: str | Path) -> list[int]:
+    """Return the steps whose adapters a run's work_dir holds, in ascending order."""
+    names = (path.name for path in Path(run).glob("model.*.safetensors"))
+    found = (re.fullmatch(r"model\.(\d{1,18})\.safetensors", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _listed(steps: list[int]) -> str:
+    shown = [str(step) for step in steps]
+    return ", ".join(shown if len(shown) < 8 else [*shown[:3], "…", *shown[-3:]])
+
+
+def read_adapter(name: str | Path) -> tuple[AdapterHeader | None, dict[str, Tensor]]:
+    """Return header and tensors of what `find_adapter` finds. Original `.pt` adapters have no
+    header: None stands in its place."""
+    path, _ = find_adapter(name)
     if path.is_dir():
-        path = newest_adapter(path)
+        return _read_peft(path)
     if path.suffix != ".safetensors":
         return None, canonical_names(read_tensors(path))
-    if not path.is_file():
-        raise InputError(f"--adapter {path} does not exist")
     metadata, tensors = read_safetensors(path)
     header = AdapterHeader.from_json(metadata.get("adapter"), f"--adapter {path}")
     fields = json.loads(metadata["adapter"])
     if fields.pop("sha256", None) != _seal(fields, tensors):
         raise InputError(f"--adapter {path} is damaged: it is not what was saved")
     return header, tensors
+
+
+def run_flags(adapter: str | Path) -> dict[str, Any]:
+    """Return the flags of the training run that an adapter of a work_dir comes from, by its
+    run.json; empty where there is none."""
+    path, _ = find_adapter(adapter)
+    record = (path if path.is_dir() else path.parent) / "run.json"
+    try:
+        flags = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise InputError(f"{record} is no record of a run: {error}") from error
+    return flags if isinstance(flags, dict) else {}
 
 
 def _seal(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -98,18 +164,6 @@ def _read_peft(folder: Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
         raise InputError(f"--adapter {folder}: {error}") from error
 
 
-def newest_adapter(work_dir: str | Path) -> Path:
-    """The `model.{step}.safetensors` of the highest step in a folder."""
-    files = {
-        int(match[1]): path
-        for path in Path(work_dir).glob("model.*.safetensors")
-        if (match := re.fullmatch(r"model\.(\d+)\.safetensors", path.name))
-    }
-    if not files:
-        raise InputError(f"--adapter {work_dir} holds no model.STEP.safetensors")
-    return files[max(files)]
-
-
 def load(
     base: str | Path | BaseWeights,
     adapter: str | Path | None = None,
@@ -124,8 +178,8 @@ def load(
 
     Args:
         base: a file, a model folder, a published name, or what `read_base` made of one.
-        adapter: an adapter file, a run's work_dir, or a folder that PEFT wrote; None for the base
-            alone, which has no header.
+        adapter: what `find_adapter` finds: an adapter file, a run's work_dir, or a folder that PEFT
+            wrote; None for the base alone, which has no header.
         allow_other_base: accept another base than the one that the adapter was trained on.
         lora_alpha: needed where there is no header, as in the original's files, and compared with
             the header where there is one; likewise `lora_dim` and `model_card`, both optional.
@@ -189,6 +243,17 @@ def load_adapters(
             if key in shared and torch.equal(parameter, shared[key]):
                 parameter.data = shared[key].data
     return plain, models
+
+
+def check_vocabulary(
+    tokenizer: Tokenizer, folder: str, base: BaseWeights, header: AdapterHeader | None = None
+) -> None:
+    """Raise InputError for a vocabulary that is not the base's, or not the one that the adapter was
+    trained with."""
+    base.check_vocabulary(tokenizer, folder)
+    trained = header and header.vocabulary
+    if trained and trained.sha256 != vocabulary_fingerprint(tokenizer):
+        raise InputError(f"--vocab {folder} is not the one that --adapter was trained with")
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

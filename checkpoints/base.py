@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import hub
@@ -24,6 +25,12 @@ BASE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 OLD_SUFFIXES = {".g": ".weight", ".b": ".bias", ".w": ".weight"}
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """Return the files of weights that are at a path: itself, or those of a model folder."""
+    candidates = (Path(path), *(Path(path) / name for name in BASE_FILES))
+    return [file for file in candidates if file.is_file()]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -174,6 +181,15 @@ class BaseWeights:
     def fingerprint(self) -> str:
         """`base_fingerprint` of the tensors, computed once."""
         return base_fingerprint(self.tensors)
+
+    def check_vocabulary(self, tokenizer: Tokenizer, folder: str) -> None:
+        """Raise InputError unless the vocabulary in `folder` has an entry for each embedding."""
+        size = tokenizer.get_vocab_size()
+        if size != self.vocab_size:
+            raise InputError(
+                f"--vocab {folder} has {size} entries but --init_checkpoint {self.source} "
+                f"{self.vocab_size}; give the vocabulary of that base"
+            )
 
     def _rows(self, table: str) -> int:
         name = f"transformer.{table}.weight"

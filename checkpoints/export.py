@@ -16,12 +16,12 @@ from torch import Tensor
 
 import loralib as lora
 from checkpoints import peft
-from checkpoints.adapter import PEFT_FILES, assemble, read_adapter, save_adapter
+from checkpoints.adapter import PEFT_FILES, assemble, check_vocabulary, read_adapter, save_adapter
 from checkpoints.base import BaseWeights, card_of
 from checkpoints.header import AdapterHeader, Base
 from common.errors import InputError
 from common.files import replacing, write_json
-from data_utils import END_OF_TEXT, load_tokenizer, vocabulary_files
+from data_utils import END_OF_TEXT, default_end_ids, load_tokenizer, vocabulary_files
 from model import GPT2LMModel
 
 
@@ -30,6 +30,7 @@ class LoadedAdapter:
     """An adapter in its model: what its file holds, in the model's names and ranks, and a header
     that says what the file did not. `vocab` is the folder of the vocabulary, if one was given."""
 
+    base: BaseWeights
     model: GPT2LMModel
     header: AdapterHeader
     tensors: dict[str, Tensor]
@@ -46,7 +47,7 @@ def load_for_export(
     names = {name for name in read if name in own} | lora.lora_state_dict(model).keys()
     tensors = {name: own[name].detach() for name in sorted(names)}
     header = complete(header, model, base, given.get("model_card"))
-    return LoadedAdapter(model, header, tensors, vocab)
+    return LoadedAdapter(base, model, header, tensors, vocab)
 
 
 def complete(
@@ -107,7 +108,7 @@ def load_average(
         vocabulary=vocabularies.pop() if len(vocabularies) == 1 else None,
     )
     model = assemble(base, header, mean, "the average")
-    return LoadedAdapter(model, header, mean, vocab)
+    return LoadedAdapter(base, model, header, mean, vocab)
 
 
 def write_safetensors(adapter: LoadedAdapter, path: Path) -> list[Path]:
@@ -153,13 +154,9 @@ def write_merged(adapter: LoadedAdapter, folder: Path) -> list[Path]:
     if adapter.vocab:
         tokenizer = load_tokenizer(adapter.vocab)
         end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-        if tokenizer.get_vocab_size() != config.vocab_size:
-            raise InputError(
-                f"--vocab {adapter.vocab} has {tokenizer.get_vocab_size()} entries but the base "
-                f"{config.vocab_size}; give the vocabulary of that base"
-            )
-    elif config.vocab_size == 50257:
-        end_of_text = 50256
+        check_vocabulary(tokenizer, adapter.vocab, adapter.base, adapter.header)
+    elif known := default_end_ids(None, config.vocab_size):
+        end_of_text = known[0]
     state = merged_weights(adapter.model)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
     settings = {

@@ -28,3 +28,6 @@ def run(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"error: {error or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -68,6 +68,41 @@ def delete_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def check_output(flag: str, output: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Refuse to lose an input: raise InputError where `output`, a file that `flag` names, is a
+    folder or one of the files that are read, which are named for the message."""
+    output = Path(output)
+    if output.is_dir():
+        raise InputError(f"{flag} {output} is a folder; name a file to write")
+    for name, path in inputs.items():
+        if path is not None and _same_file(output, Path(path)):
+            raise InputError(f"{flag} {output} is also {name} and would replace it; name another")
+
+
+def check_output_folder(flag: str, folder: Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """As `check_output`, where several files are written into a folder: none of the inputs may be
+    in there, or be the folder."""
+    for name, path in inputs.items():
+        if path is not None and folder.is_dir() and folder.resolve() in _places(Path(path)):
+            raise InputError(
+                f"{flag} {folder} is the folder of {name}, whose files it could replace; name "
+                "another"
+            )
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    path = path.resolve()
+    return path, path.parent
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether both are there and one regular file, whatever their names."""
+    try:
+        return one.is_file() and one.samefile(other)
+    except OSError:
+        return False
 
 
 def sync_folder(folder: Path) -> None:

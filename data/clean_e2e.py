@@ -12,6 +12,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 from common.errors import InputError, run
+from common.files import check_output
 from data.convert_e2e import context_of, csv_records, e2e_rows
 from data.rows import Row, read_text, write_jsonl
 from eval.slots import Meaning, parse_meaning, stated_meaning
@@ -65,6 +66,7 @@ def main() -> None:
     add("--without", nargs="+", default=[], metavar="FILE",
         help="leave out meanings that these files have too, name and place aside")  # fmt: skip
     args = parser.parse_args()
+    check_output("dst", args.dst, {"src": args.src} | {f"--without {f}": f for f in args.without})
     other = [row for path in args.without for row in e2e_rows(path)]
     without = {kind(parse_meaning(row["context"])) for row in other}
     rows = list(e2e_rows(args.src))

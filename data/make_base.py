@@ -20,7 +20,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from checkpoints import newest_adapter, read_tensors
+from checkpoints import find_adapter, read_tensors
 from common.errors import run
 from common.files import replacing
 
@@ -89,7 +89,7 @@ def main() -> None:
             [sys.executable, *command], cwd=ROOT, env={**os.environ, **threads}, check=True
         )
     target = ROOT / BASES[name]["folder"] / "model.safetensors"
-    export(newest_adapter(ROOT / "runs" / name / "train"), target)
+    export(find_adapter(f"{ROOT / 'runs' / name / 'train'}:last").path, target)
     print(target)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.files import replacing
+from common.files import check_output, replacing
 from common.json_text import JSONFault, parse_json
 from common.text_files import TextFile
 
@@ -43,4 +43,5 @@ def convert_main(rows_of: Callable[[str], Iterable[Row]], description: str) -> N
     parser.add_argument("src", help="raw file, plain or .gz")
     parser.add_argument("dst", help="JSONL file to write")
     args = parser.parse_args()
+    check_output("dst", args.dst, {"src": args.src})
     print(f"{args.dst}: {write_jsonl(args.dst, rows_of(args.src)):,} rows")

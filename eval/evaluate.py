@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from common.errors import InputError, Parser, run
-from common.files import replacing, write_json
+from common.files import check_output, replacing, write_json
 from data.fields import add_fields_flag
 from eval import bootstrap, coco, official, tables, texts
 from eval.coverage import variety
@@ -79,6 +79,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and value < (0 if flag == "bootstrap" else 1):
             raise InputError(f"--{flag} {value} is too small; give a positive number")
+    inputs = ("data", "predictions", "references", "hypotheses", "inputs", "compare")
+    for flag in ("json", "report", "write_hypotheses"):
+        if output := getattr(args, flag):
+            check_output(f"--{flag}", output, {f"--{name}": getattr(args, name) for name in inputs})
     args.asked = args.metrics is not None
     args.metrics = named_metrics(args.task, args.metrics)
     return args

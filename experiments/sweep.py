@@ -140,7 +140,7 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
             *flags(lr=kind[1], max_step=STEPS, random_seed=setting.seed, work_dir=folder),
         ],
         "decoding": [
-            "gpt2_beam.py", *flags(data=test, adapter=folder, output_file=predictions),
+            "gpt2_beam.py", *flags(data=test, adapter=f"{folder}:last", output_file=predictions),
             *flags(init_checkpoint=BASE["init_checkpoint"], vocab=BASE["vocab"]),
         ],
         "scoring": [
@@ -165,7 +165,7 @@ def perform(setting: Setting, args: argparse.Namespace) -> None:
 
 def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -> dict:
     """The result of a run as results/ keeps it; no seconds of a part that was done in pieces."""
-    header, _ = read_adapter(folder)
+    header, _ = read_adapter(f"{folder}:last")
     records = read_json_lines(folder / "log.jsonl")
     curves = {
         kind: [[r["step"], round(r["loss"], 4)] for r in records if r["kind"] == kind]

@@ -67,8 +67,8 @@ fine_tune() { # FOLDER SEED [FLAG]...
     --work_dir "$folder" --warmup_step "${WARMUP_STEP:-500}" "${flags[@]}"
 }
 
-decode() { # FOLDER LENGTH_PENALTY
-  "${launch[@]}" gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$1/train" \
+decode() { # FOLDER LENGTH_PENALTY; the last adapter, as the original decodes
+  "${launch[@]}" gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$1/train:last" \
     --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$2" \
     --no_repeat_ngram_size 4 --output_file "$1/beam.$2.jsonl"
 }

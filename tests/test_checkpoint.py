@@ -204,12 +204,36 @@ def test_adapter_tensors_that_do_not_fit_are_named(tiny: Tiny) -> None:
             checkpoints.load(tiny.base, path)
 
 
-def test_the_newest_adapter_of_a_folder_is_that_of_the_highest_step(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no model.STEP.safetensors"):
-        checkpoints.newest_adapter(tmp_path)
-    for name in ("model.9", "model.10", "model.best", "model.99.old", ".model.11"):
+def test_a_runs_folder_means_its_best_adapter_or_without_validation_its_last(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InputError, match=r"no model.STEP.safetensors; is it a run's folder"):
+        checkpoints.find_adapter(tmp_path)
+    for name in ("model.9", "model.10", "model.99.old", ".model.11"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
-    assert checkpoints.newest_adapter(tmp_path).name == "model.10.safetensors"
+    with pytest.raises(InputError, match="the run validated nothing; give .*:last"):
+        checkpoints.find_adapter(f"{tmp_path}:best")
+    path, reason = checkpoints.find_adapter(tmp_path)
+    assert (path.name, reason) == ("model.10.safetensors", "the last, step 10")
+    (tmp_path / "model.best.safetensors").write_bytes(b"")
+    path, reason = checkpoints.find_adapter(tmp_path)
+    assert path.name == "model.best.safetensors"
+    assert reason == f"the best on validation; {tmp_path}:last is the last"
+    for which in ("best", "10", "9"):
+        assert checkpoints.find_adapter(f"{tmp_path}:{which}").path.name.split(".")[1] == which
+    assert checkpoints.find_adapter(f"{tmp_path}:last").path.name == "model.10.safetensors"
+    with pytest.raises(InputError, match=":8: saved are the steps 9, 10"):
+        checkpoints.find_adapter(f"{tmp_path}:8")
+
+
+def test_a_name_that_is_no_run_takes_no_choice_of_a_step(tmp_path: Path) -> None:
+    file = tmp_path / "a:3"
+    file.write_bytes(b"")
+    assert checkpoints.find_adapter(file).path == file
+    with pytest.raises(InputError, match="is no work_dir of a run, so leave :last out"):
+        checkpoints.find_adapter(f"{file}:last")
+    with pytest.raises(InputError, match="nowhere does not exist; give a file"):
+        checkpoints.find_adapter(tmp_path / "nowhere")
 
 
 class MakesFolder:

@@ -10,7 +10,7 @@ import pytest
 
 from common import files
 from common.errors import InputError
-from common.files import delete_leftovers, replacing
+from common.files import check_output, check_output_folder, delete_leftovers, replacing
 
 
 def temporary_names(folder: Path) -> list[str]:
@@ -102,3 +102,37 @@ def test_what_dead_writers_left_is_deleted_and_nothing_else(tmp_path: Path) -> N
         (tmp_path / name).write_bytes(b"")
     delete_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
+
+
+def test_a_full_device_is_said(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no /dev/full here")
+    refused = pytest.raises(InputError, match="/dev/full cannot be written: No space left")
+    with refused, replacing(full) as file:
+        file.write("x" * 100_000)
+
+
+def test_an_output_that_is_an_input_under_any_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("old", encoding="utf-8")
+    (tmp_path / "link").symlink_to("in")
+    os.link(tmp_path / "in", tmp_path / "hard")
+    for name in ("in", "link", "hard", "../" + tmp_path.name + "/in"):
+        with pytest.raises(InputError, match="^--out .* is also --in and would replace it"):
+            check_output("--out", tmp_path / name, {"--no": None, "--in": tmp_path / "in"})
+    check_output("--out", tmp_path / "out", {"--in": tmp_path / "in", "--no": tmp_path / "none"})
+    check_output("--out", os.devnull, {"--in": os.devnull})  # nothing is lost there
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        check_output("--out", tmp_path, {})
+
+
+def test_an_output_folder_that_holds_an_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "in").write_text("old", encoding="utf-8")
+    (tmp_path / "link").symlink_to("a")
+    for folder in ("a", "link", "a/../a"):
+        for given in ("a/in", "a"):
+            with pytest.raises(InputError, match="^--out .* is the folder of --in"):
+                check_output_folder("--out", tmp_path / folder, {"--in": tmp_path / given})
+    for folder in ("", "b", "a/in/c"):
+        check_output_folder("--out", tmp_path / folder, {"--in": tmp_path / "a" / "in"})

@@ -2,6 +2,8 @@
 
 import json
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,8 @@ import gpu
 from checkpoints import read_adapter, read_base
 from common.errors import InputError
 from data_utils import load_tokenizer
+from decoding import batches, sources
+from decoding.journal import kept_files
 from model import GPT2Config, GPT2LMModel
 
 NANO_VOCAB = ROOT / "data" / "nano"
@@ -64,13 +68,13 @@ def test_every_row_is_predicted_once_in_order_and_each_distinct_context_searched
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     searched: list[tuple] = []
-    search = gpt2_beam.beam_search
+    search = batches.beam_search
 
     def spy(model, prompts, *rest):
         searched.extend(tuple(prompt.tolist()) for prompt in prompts)
         return search(model, prompts, *rest)
 
-    monkeypatch.setattr(gpt2_beam, "beam_search", spy)
+    monkeypatch.setattr(batches, "beam_search", spy)
     rows = rows_with_repeats()
     predictions = decode(tiny, rows=rows)
     assert [p["id"] for p in predictions] == list(range(20))
@@ -198,16 +202,14 @@ def test_the_defaults_are_the_published_settings(tiny: Tiny) -> None:
     assert (args.beam, args.length_penalty, gpt2_beam.NGRAM_SIZE) == (10, 0.8, 4)
     assert args.no_repeat_ngram_size is None  # which leaves it to SearchSettings
     assert (args.eval_len, args.min_length, args.repetition_penalty) == (64, 0, 1.0)
-    assert args.output_file == str(Path("runs") / "predictions.jsonl")
 
 
 def test_without_data_and_base_the_sample_is_decoded() -> None:
-    args = gpt2_beam.parse_args(["--adapter", "runs/001", "--work_dir", "there"])
-    assert args.uses_sample
-    assert Path(args.data).is_file()
-    assert Path(args.vocab).is_dir()
-    assert args.model_card == "gpt2.nano"
-    assert args.output_file == str(Path("there") / "predictions.jsonl")
+    found = sources.choose_sources(None, None, None, None)
+    assert found.is_sample
+    assert Path(found.data).name == "test.jsonl" and Path(found.data).is_file()
+    assert load_tokenizer(found.vocab).get_vocab_size() == 2048
+    assert read_base(found.init_checkpoint).vocab_size == 2048
 
 
 def test_contexts_longer_than_the_window_lose_their_head_and_are_counted(
@@ -272,7 +274,7 @@ def test_a_repetition_penalty_prints_nothing_of_its_own(
     plain = capsys.readouterr()
     decode(tiny, "--repetition_penalty", 1.3)
     penalised = capsys.readouterr()
-    assert penalised.out.count("\n") == plain.out.count("\n") == 2
+    assert penalised.out.count("\n") == plain.out.count("\n") == 3
     assert penalised.err == plain.err == ""
 
 
@@ -289,8 +291,10 @@ def test_the_command_line_prints_one_line_and_exits_2_where_it_cannot_go_on(nano
     argv = beam_argv(nano, "--eval_len", 4)
     code, out, err = finish(start(["-W", "error", ROOT / "gpt2_beam.py", *argv]))
     assert (code, err) == (0, "")
-    assert "8 rows, 4 distinct contexts" in out
-    assert out.count("\n") == 2
+    first, second, last = out.splitlines()
+    assert first == f"No --adapter: decoding with the base alone, {nano.base}"
+    assert second.startswith(f"{nano.folder / 'test.jsonl'}: 8 rows (JSONL")
+    assert last.startswith("8 rows, 4 distinct contexts")
     code, out, err = finish(start([ROOT / "gpt2_beam.py", *argv, "--beam", 0]))
     assert (code, out) == (2, "")
     assert err.startswith("error: --beam 0")
@@ -315,7 +319,7 @@ def test_completions_that_the_default_ban_cannot_write_give_a_warning(
     ]
     decode(tiny, rows=rows)
     warning = "warning: 1 completions of the data repeat 4 tokens in a row"
-    assert capsys.readouterr().err.startswith(warning)
+    assert warning in capsys.readouterr().err
     decode(tiny, "--no_repeat_ngram_size", 4, rows=rows)
     assert "repeat" not in capsys.readouterr().err
 
@@ -328,3 +332,166 @@ def test_other_columns_of_other_forms_give_the_same_predictions(tiny: Tiny) -> N
     path.write_text(json.dumps(renamed), encoding="utf-8")
     gpt2_beam.main(beam_argv(tiny, "--data", path, "--fields", "question"))
     assert read(tiny.folder / "predictions.jsonl") == expected
+
+
+def ends_after(count: int, search: Callable) -> Callable:
+    """The search, which is interrupted in place of a further one."""
+    left = iter(range(count))
+
+    def counted(*given):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return search(*given)
+
+    return counted
+
+
+def test_a_decode_that_was_killed_is_resumed_to_the_same_bytes(
+    nano: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write_rows(nano.folder / "test.jsonl", rows_with_repeats(30, 12))
+    argv = beam_argv(nano, "--batch_size", 2, "--num_return_sequences", 2)
+    gpt2_beam.main(argv)
+    output = nano.folder / "predictions.jsonl"
+    whole, search = output.read_bytes(), batches.beam_search
+    for lives in range(1, 6):
+        output.unlink(missing_ok=True)
+        monkeypatch.setattr(batches, "beam_search", ends_after(lives, search))
+        with pytest.raises(KeyboardInterrupt, match="the same command with --resume continues"):
+            gpt2_beam.main(argv)
+        kept = next(iter(kept_files(output)))
+        kept.write_bytes(kept.read_bytes() + b"[5, [[[[1, 2")  # as a kill within a write leaves it
+        assert not output.exists()
+        # One search more would end it: what is kept is not searched again.
+        monkeypatch.setattr(batches, "beam_search", ends_after(6 - lives, search))
+        gpt2_beam.main([*argv, "--resume"])
+        assert output.read_bytes() == whole
+        assert f"{2 * lives} of them kept from before" in capsys.readouterr().out
+        assert kept_files(output) == []
+
+
+def test_processes_that_are_killed_leave_batches_for_any_number_of_others(nano: Tiny) -> None:
+    write_rows(nano.folder / "test.jsonl", rows_with_repeats(40, 20))
+    argv = [ROOT / "gpt2_beam.py", *beam_argv(nano, "--batch_size", 2, "--eval_len", 16)]
+    output = nano.folder / "predictions.jsonl"
+    assert finish(start(argv))[0] == 0
+    whole = output.read_bytes()
+    output.unlink()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
+    process = start(torchrun)
+    while (
+        process.poll() is None
+        and sum(file.read_bytes().count(b"\n") > 1 for file in kept_files(output)) < 2
+    ):
+        time.sleep(0.01)
+    process.terminate()
+    finish(process)
+    assert kept_files(output) and not output.exists()
+    code, out, err = finish(start([*argv, "--resume"]))
+    assert code == 0, err
+    assert "kept from before" in out
+    assert output.read_bytes() == whole
+
+
+def test_a_resumed_decode_must_be_the_one_that_was_stopped(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    write_rows(tiny.folder / "test.jsonl", rows_with_repeats())
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(batches, "beam_search", stop)
+        gpt2_beam.main(beam_argv(tiny))
+    other = tiny.folder / "other.jsonl"
+    write_rows(other, rows_with_repeats(9, 3))
+    for more, named in (
+        (("--beam", 2), "setting of the search"),
+        (("--data", other), "--data, --seq_len or --batch_size"),
+        (("--bf16",), "precision or device"),
+    ):
+        with pytest.raises(InputError, match=f"with another {named}; put it back"):
+            gpt2_beam.main(beam_argv(tiny, *more, "--resume"))
+    gpt2_beam.main(beam_argv(tiny, "--beam", 2))  # anew
+    assert kept_files(tiny.folder / "predictions.jsonl") == []
+
+
+@pytest.mark.parametrize("name", ["--data", "--init_checkpoint", "--adapter"])
+def test_an_output_that_is_also_an_input_is_refused_before_anything_is_computed(
+    name: str, tiny: Tiny
+) -> None:
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    adapter = tiny.folder / "run" / "model.3.safetensors"
+    files = {
+        "--data": tiny.folder / "test.jsonl", "--init_checkpoint": tiny.base, "--adapter": adapter,
+    }  # fmt: skip
+    write_rows(tiny.folder / "test.jsonl", rows_with_repeats())
+    link = tiny.folder / "link.jsonl"
+    link.symlink_to(files[name])
+    before = files[name].read_bytes()
+    for output in (files[name], link, tiny.folder / "run" / ".." / files[name].name):
+        if not output.exists():
+            continue
+        with pytest.raises(InputError, match=f"--output_file .* is also .*{name}"):
+            gpt2_beam.main(beam_argv(tiny, "--adapter", adapter, "--output_file", output))
+    assert files[name].read_bytes() == before
+
+
+def test_a_folder_as_output_is_refused_before_anything_is_read(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match="is a folder; name a file to write"):
+        gpt2_beam.main(beam_argv(tiny, "--output_file", tiny.folder, "--init_checkpoint", "x"))
+
+
+def test_base_and_vocabulary_default_to_those_of_the_adapters_run(
+    run_on_text: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = run_on_text.parent
+    output = folder / "out.jsonl"
+    argv = ["--data", folder / "train.jsonl", "--output_file", output, "--beam", 2]
+    argv += ["--eval_len", 4, "--device", "cpu"]
+    gpt2_beam.main([str(part) for part in [*argv, "--adapter", run_on_text]])
+    printed = capsys.readouterr().out
+    assert f"Adapter {run_on_text}/model.best.safetensors: the best on validation" in printed
+    assert "text" in read(output)[0]
+    best = output.read_bytes()
+    gpt2_beam.main([str(part) for part in [*argv, "--adapter", f"{run_on_text}:last"]])
+    assert "model.4.safetensors: the last, step 4" in capsys.readouterr().out
+    gpt2_beam.main(
+        [str(part) for part in [*argv, "--adapter", run_on_text / "model.best.safetensors"]]
+    )
+    assert output.read_bytes() == best
+    (run_on_text / "run.json").write_text("[", encoding="utf-8")
+    with pytest.raises(InputError, match="run.json is no record of a run"):
+        gpt2_beam.main([str(part) for part in [*argv, "--adapter", run_on_text]])
+
+
+@pytest.fixture
+def run_on_text(tmp_path: Path) -> Path:
+    """The work_dir of a short run on text, with validation."""
+    lines = (ROOT / "data" / "sample" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:6]) + "\n", encoding="utf-8")
+    data = tmp_path / "train.jsonl"
+    flags = {
+        "train_data": data, "valid_data": data, "vocab": NANO_VOCAB, "init_checkpoint": NANO_VOCAB,
+        "model_card": "gpt2.nano", "seq_len": 128, "max_step": 4, "warmup_step": 0, "lr": 0.01,
+        "device": "cpu", "valid_samples": 0, "work_dir": tmp_path / "run",
+        "eval_interval": 1, "train_batch_size": 2,
+    }  # fmt: skip
+    gpt2_ft.main([f"--{name}={value}" for name, value in flags.items()])
+    return tmp_path / "run"
+
+
+def test_completions_that_go_on_after_an_end_id_give_a_warning(
+    tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [
+        {"context": [1], "completion": [3, 5, 4, 5]},
+        {"context": [2], "completion": [3, 4, 5]},
+        {"context": [2]},
+    ]
+    decode(tiny, rows=rows)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: 1 of 3 completions in the data hold an end id before")
+    assert "--eos_token_id 5 alone" in warning
+    decode(tiny, rows=rows[1:])
+    assert capsys.readouterr().err == ""

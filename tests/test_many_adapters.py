@@ -18,6 +18,7 @@ import gpt2_beam
 import gpt2_ft
 import loralib as lora
 from common.errors import InputError
+from decoding.sources import name_adapters
 from model import GPT2Config, GPT2LMModel
 
 SHAPE = {"vocab_size": 64, "n_positions": 32, **TINY_CARD}
@@ -329,7 +330,7 @@ def test_rows_without_a_known_task_are_named(
 
 def test_two_adapters_without_names_are_refused() -> None:
     with pytest.raises(InputError, match="more than once; each needs a name"):
-        gpt2_beam.name_adapters(["a", "b=c"])
+        name_adapters(["a", "b=c"])
 
 
 def test_loralib_needs_torch_alone() -> None:

@@ -136,11 +136,8 @@ def build_model(
         vocabulary = {"vocab_size": tokenizer.get_vocab_size()}
     lora_config = adapter_settings(args)
     config = checkpoints.model_config(args.model_card, base, lora=lora_config, **vocabulary)
-    if tokenizer is not None and tokenizer.get_vocab_size() != config.vocab_size:
-        raise InputError(
-            f"--vocab {args.vocab} has {tokenizer.get_vocab_size()} entries but --init_checkpoint "
-            f"{args.init_checkpoint} {config.vocab_size}; give the vocabulary of that base"
-        )
+    if tokenizer is not None and base is not None:
+        base.check_vocabulary(tokenizer, args.vocab)
     if args.seq_len > config.n_positions:
         raise InputError(f"--seq_len {args.seq_len} is above the model's {config.n_positions}")
     if args.lora_dim > config.n_embd:

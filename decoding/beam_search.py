@@ -17,47 +17,31 @@ one wins a tie. Shapes: B contexts, K beams, V vocabulary, M candidates, T gener
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from decoding.cache import DecodeCache
+from decoding.cache import CachedModel, batches_by_length, prefill
+from decoding.rules import NEVER, TextRules
 
-NEVER = float("-inf")
 CHUNK = 64
 
 
-class CachedModel(Protocol):
-    """What the search needs of a model; `model.GPT2LMModel` says what the methods do."""
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(TextRules):
+    """Settings of a search. A `length_penalty` of 0 is none."""
 
-    def prefill(self, input_ids: Tensor, cache: DecodeCache) -> Tensor: ...
-    def decode_step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """Settings of a search. `min_length` and `eval_len` count generated tokens, the end token too;
-    `no_repeat_ngram_size` 0, `repetition_penalty` 1 and `length_penalty` 0 switch a rule off."""
-
+    no_repeat_ngram_size: int = 4
     beam: int = 10
     length_penalty: float = 0.8
-    no_repeat_ngram_size: int = 4
-    repetition_penalty: float = 1.0
-    min_length: int = 0
-    eval_len: int = 64
-    end_ids: tuple[int, ...] = (50256, 628)
     search: str = "original"
 
     def __post_init__(self) -> None:
-        if self.beam < 1 or self.eval_len < 1:
-            raise ValueError(f"beam {self.beam} and eval_len {self.eval_len} must be at least 1")
-        if self.no_repeat_ngram_size < 0 or self.min_length < 0:
-            raise ValueError("no_repeat_ngram_size and min_length must not be negative")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0")
+        super().__post_init__()
+        if self.beam < 1:
+            raise ValueError(f"beam {self.beam} must be at least 1")
         if not -100 <= self.length_penalty <= 100:
             raise ValueError(f"length_penalty {self.length_penalty} must be from -100 to 100")
         if self.search not in ("original", "hf"):
@@ -105,9 +89,7 @@ def beam_search(
             f"num_return_sequences {num_return_sequences} must be from 1 to beam {settings.beam}"
         )
     found: list[list[Hypothesis]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in batches_by_length(prompts, batch_size):
         search = _Search([prompts[row] for row in rows], rows, settings, num_return_sequences)
         for row, hypotheses in search.run(model):
             found[row] = hypotheses[:num_return_sequences] or [Hypothesis([], NEVER, False)]
@@ -125,8 +107,7 @@ class _Search:
         batch, device = len(prompts), prompts[0].device
         self.settings, self.rows = settings, rows
         self.end_ids = torch.tensor(settings.end_ids, dtype=torch.int64, device=device)
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.prompts = pad_sequence(prompts, batch_first=True)
+        self.prompts = prompts
         # (B, P) with -1 on the left, which equals no token, so that ends stand in one column
         self.history = pad_sequence(prompts, True, padding_value=-1, padding_side="left")
         self.tokens = torch.empty(batch, 1, 0, dtype=torch.int64, device=device)  # (B, K, T)
@@ -138,10 +119,7 @@ class _Search:
 
     def run(self, model: CachedModel) -> Iterator[tuple[int, list[Hypothesis]]]:
         """Yield each context's row and hypotheses as soon as it is done."""
-        cache = DecodeCache(self.lengths, self.prompts.size(1))
-        logits = model.prefill(self.prompts, cache)
-        if logits.isnan().any():
-            raise ValueError("the model's logits are NaN; are its weights damaged?")
+        logits, cache = prefill(model, self.prompts)
         logits = logits.unsqueeze(1)
         while True:
             parents = self.advance(logits.float())
@@ -181,14 +159,13 @@ class _Search:
     def continuations(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best continuations of all beams, best first: Σ log p, beam and token, (B, M) each.
         Where there are fewer than M, the rest has -inf."""
-        count = self.settings.candidates
+        count, generated = self.settings.candidates, self.tokens.size(2)
         if self.settings.search == "original":
-            log_probs = self.restrict(logits, self.tokens).log_softmax(-1)
+            log_probs = self.settings.restrict(logits, self.tokens, generated).log_softmax(-1)
         else:
             prompts = self.history.unsqueeze(1).expand(-1, logits.size(1), -1)
-            log_probs = self.restrict(
-                logits.log_softmax(-1), torch.cat((prompts, self.tokens), dim=2)
-            )
+            history = torch.cat((prompts, self.tokens), dim=2)
+            log_probs = self.settings.restrict(logits.log_softmax(-1), history, generated)
         best, tokens = largest(log_probs, min(count, logits.size(2)))
         best = best.masked_fill(best.isnan(), NEVER)  # the softmax of a beam with all banned
 
@@ -202,20 +179,6 @@ class _Search:
         sums, order = sums[:, :count], order[:, :count]
         parents = (order // best.size(2)).clamp(max=logits.size(1) - 1)
         return sums, parents, F.pad(tokens.flatten(1), (0, missing)).gather(1, order)
-
-    def restrict(self, scores: Tensor, history: Tensor) -> Tensor:
-        """Apply penalty and bans to scores (B, K, V), given history (B, K, T), in place."""
-        settings = self.settings
-        if settings.repetition_penalty != 1 and history.size(2):
-            # A padding's place is taken by a token that is penalised anyhow.
-            seen = torch.where(history < 0, history[..., -1:], history)
-            old, penalty = scores.gather(2, seen), settings.repetition_penalty
-            scores.scatter_(2, seen, torch.where(old < 0, old * penalty, old / penalty))
-        if self.tokens.size(2) < settings.min_length:
-            scores[..., self.end_ids] = NEVER
-        if 0 < settings.no_repeat_ngram_size <= history.size(2):
-            ban_repeated_ngrams(scores, history, settings.no_repeat_ngram_size)
-        return scores
 
     def offer(self, tokens: Tensor, sums: Tensor, stops: Tensor, ended: Tensor) -> None:
         """Let beams (B, M) that stop here compete for a place among the best hypotheses."""
@@ -274,13 +237,3 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _select(tokens: Tensor, beams: Tensor) -> Tensor:
     """Rows (B, M, T) of tokens (B, K, T) that beams (B, M) name."""
     return tokens.gather(1, beams.unsqueeze(2).expand(-1, -1, tokens.size(2)))
-
-
-def ban_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> None:
-    """Set scores (B, K, V) to -inf, in place, for each token that would complete an n-gram of
-    `size` that history (B, K, T), T >= size, has already; entries below 0 are padding."""
-    ngrams = history.unfold(2, size, 1)  # (B, K, T - size + 1, size)
-    started = history[..., history.size(2) - size + 1 :].unsqueeze(2)
-    repeats = (ngrams[..., :-1] == started).all(-1) & (ngrams[..., -1] >= 0)
-    context, beam, place = repeats.nonzero(as_tuple=True)
-    scores[context, beam, ngrams[context, beam, place, -1]] = NEVER

@@ -1,7 +1,11 @@
 """The keys and values of a decoding batch, which its beams share."""
 
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class DecodeCache:
@@ -69,3 +73,33 @@ class DecodeCache:
             return buffer
 
         self.layers = [(moved(keys), moved(values)) for keys, values in self.layers]
+
+
+class CachedModel(Protocol):
+    """What decoding needs of a model; `model.GPT2LMModel` says what the methods do."""
+
+    def prefill(self, input_ids: Tensor, cache: DecodeCache) -> Tensor: ...
+    def decode_step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor: ...
+
+
+def prefill(model: CachedModel, prompts: Sequence[Tensor]) -> tuple[Tensor, DecodeCache]:
+    """Read prompts, (P,) int64 each, into a new cache; return the logits (B, V) that follow them
+    and the cache.
+
+    Raises:
+        ValueError: the logits are NaN.
+    """
+    padded = pad_sequence(list(prompts), batch_first=True)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=padded.device)
+    cache = DecodeCache(lengths, padded.size(1))
+    logits = model.prefill(padded, cache)
+    if logits.isnan().any():
+        raise ValueError("the model's logits are NaN; are its weights damaged?")
+    return logits, cache
+
+
+def batches_by_length(prompts: Sequence[Tensor], batch_size: int) -> Iterator[list[int]]:
+    """Yield the numbers of the prompts, longest first, `batch_size` at a time."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -17,12 +17,12 @@ import checkpoints
 from decoding.beam_search import (
     Hypothesis,
     SearchSettings,
-    ban_repeated_ngrams,
     beam_search,
     largest,
 )
 from decoding.cache import DecodeCache
 from decoding.packed import pack
+from decoding.rules import ban_repeated_ngrams
 from model import GPT2Config, GPT2LMModel
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)

@@ -1,6 +1,8 @@
-"""From prompts to texts: beam search, its cache, and `generate`, text in and text out."""
+"""From prompts to texts: beam search, sampling, their cache, and `generate`, text to text."""
 
 from decoding.beam_search import Hypothesis, SearchSettings, beam_search
 from decoding.generate import generate, text_of
+from decoding.sampling import SamplingSettings, sample
 
-__all__ = ["Hypothesis", "SearchSettings", "beam_search", "generate", "text_of"]
+__all__ = ["Hypothesis", "SamplingSettings", "SearchSettings", "beam_search", "generate", "sample"]
+__all__ += ["text_of"]

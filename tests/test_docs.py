@@ -14,14 +14,20 @@ import pytest
 from conftest import ROOT
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
-PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ENGLISH, CHINESE, ROOT / "CONTRIBUTING.md", *DOCS]
 NANO = "data/nano/model.safetensors"
 
 LEFT_OUT = {
+    "python3 -m venv .venv": "tests/test_package.py makes environments",
+    "source .venv/bin/activate": "the same",
+    "pip install -r requirements.txt": "the same",
     "bash scripts/quickstart.sh": "makes an environment; tests/test_training.py trains the sample",
     "bash scripts/test.sh": "this is it",
     "pip install .": "tests/test_package.py",
     "bash scripts/test.sh tests/test_cuda.py": "the same",
+    "bash scripts/test.sh tests/test_loralib.py": "the same",
+    "bash scripts/test.sh -k beam": "the same",
     "bash scripts/download_vocab.sh": "tests/test_downloads.py",
     "bash scripts/download_pretrained_checkpoints.sh gpt2": "tests/test_pretrained.py",
     "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
@@ -203,9 +209,25 @@ def test_links_and_named_files_of_a_page_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_every_page_is_in_the_index_and_the_index_in_the_readme() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in DOCS if f"({page.name})" not in index] == ["README.md"]
+    assert "(docs/README.md)" in ENGLISH.read_text(encoding="utf-8")
+
+
+def test_headings_that_pages_link_to_exist() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, place in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+            other = (page.parent / name).read_text(encoding="utf-8") if name else text
+            titles = re.findall(r"^#+ (.*)$", other, re.M)
+            places = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert place in places, f"{page.name}: {name}#{place}"
+
+
 OF_OTHERS = {
     "--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend",
-    "--rdzv_endpoint", "--logdir",
+    "--rdzv_endpoint", "--logdir", "--no-index", "--find-links",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -49,6 +50,7 @@ class Peer:
 
     def ask(self, request: object) -> dict:
         """Send a request and wait for its answer."""
+        assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -60,6 +62,7 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
 
@@ -115,7 +118,7 @@ def read_samples(name: str, folder: Path) -> tuple[str, Path]:
     return source, path
 
 
-def model_shape(size: str) -> dict[str, int]:
+def model_shape(size: str) -> dict[str, Any]:
     """Fields of `GPT2Config` for a size; always with GPT-2's vocabulary."""
     return MODEL_CARDS[SIZES[size]] | {"vocab_size": 50257}
 

@@ -20,10 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 import gpt2_ft
-import gpu
 from benchmarks import common
+from benchmarks.train_peers import start_run
 from common.files import read_json_lines
-from training.setup import prepare
 
 NAMES = ("ours", "ours-hf", "transformers")
 RULES = {
@@ -57,23 +56,21 @@ def write_trained_base(args: argparse.Namespace, path: Path) -> None:
     """The small model, all its weights trained for a few hundred steps."""
     common.write_random_base(args.size, path)
     _, rows = common.read_samples("valid", path.parent)
-    flags = {
-        "train_data": rows, "init_checkpoint": path, "model_card": common.SIZES[args.size],
-        "lora_dim": 0, "lr": 1e-3, "warmup_step": min(20, args.train_steps - 1),
-        "max_step": args.train_steps, "device": "cpu",
-    }  # fmt: skip
-    training = gpt2_ft.parse_args([str(x) for key in flags for x in (f"--{key}", flags[key])])
-    run = prepare(training, gpu.parse_gpu(training), path.parent, None)
-    steps = (rows for epoch in range(1, 99) for rows in run.sampler.steps(epoch))
-    for _, rows in zip(range(args.train_steps), steps, strict=False):
-        loss, *_ = gpt2_ft.optimizer_step(run, rows)
+    run = start_run(
+        path.parent, train_data=rows, init_checkpoint=path, model_card=common.SIZES[args.size],
+        lora_dim=0, lr=1e-3, max_step=args.train_steps, warmup_step=min(20, args.train_steps - 1),
+    )  # fmt: skip
+    steps = (batch for epoch in range(1, 99) for batch in run.sampler.steps(epoch))
+    for _, batch in zip(range(args.train_steps), steps, strict=False):
+        loss, *_ = gpt2_ft.optimizer_step(run, batch)
     print(f"the small model's last loss: {loss:.3f}")
     save_file(run.model.state_dict(), path)
 
 
 def time_peers(settings: dict, path: Path, contexts: list[list[int]]) -> dict:
     """Seconds a context of each peer and round, sequences that differ, and peak memory."""
-    count, seconds, rss, differ, peaks = settings["contexts"], {n: [] for n in NAMES}, {}, 0, []
+    count, rss, differ, peaks = settings["contexts"], {}, 0, []
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     with ExitStack() as stack:
         peers = {
             name: stack.enter_context(

@@ -45,7 +45,7 @@ def transformers(settings: dict) -> Work:
     import transformers as library
 
     rules = settings["rules"]
-    config = library.GPT2Config(**settings["shape"], attn_implementation="sdpa")
+    config = library.GPT2Config(**settings["shape"] | {"attn_implementation": "sdpa"})
     model = library.GPT2LMHeadModel(config).eval()
     model.load_state_dict(load_file(settings["base"]), strict=False)
     options = {

@@ -86,14 +86,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    result = {"benchmark": "grouped_conv", "machine": common.machine(args.threads), "cases": []}
+    cases: list[dict] = []
     for size, width in WIDTHS.items():
         for rank in args.ranks:
             check(width, rank)
             ways = measure(width, rank, args.rounds)
-            result["cases"].append({"size": size, "rank": rank, "milliseconds": ways})
+            cases.append({"size": size, "rank": rank, "milliseconds": ways})
             shown = {way: round(values["median"], 2) for way, values in ways.items()}
             print(f"gpt2.{size}, r {rank}, {TOKENS} tokens, ms: {shown}")
+    result = {"benchmark": "grouped_conv", "machine": common.machine(args.threads), "cases": cases}
     print(common.write_result("grouped-conv", result))
 
 

@@ -37,8 +37,8 @@ Case = tuple[str, str, int]
 @cache
 def adapted_model(size: str, rank: int) -> GPT2LMModel:
     torch.manual_seed(0)
-    settings = {"lora_attn_dim": rank, "lora_attn_alpha": 32, "lora_dropout": 0.1}
-    model = GPT2LMModel(GPT2Config(**common.model_shape(size), **settings)).train()
+    adapter = lora.LoraConfig(rank, 32, 0.1)
+    model = GPT2LMModel(GPT2Config(**common.model_shape(size), lora=adapter)).train()
     lora.mark_only_lora_as_trainable(model)
     return model
 

@@ -91,7 +91,8 @@ def time_peers(names: list[str], settings: dict, folder: Path, batches: list) ->
     """Seconds of each step of each peer, GFLOP/s of each round, and peak memory."""
     path = folder / "timing.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
-    seconds, peaks, rss = {name: [] for name in names}, [], {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks, rss = [], {}
     rounds, steps = settings["rounds"], settings["steps"]
     with ExitStack() as stack:
         peers = {

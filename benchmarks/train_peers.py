@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ import gpt2_ft
 import gpu
 from benchmarks import common
 from data_utils import FT_Dataset
+from model import GPT2LMModel
+from training.run import Run
 from training.setup import prepare
 
 Work = Callable[[list[list[int]]], dict]
@@ -41,26 +44,32 @@ def timed(step: Callable[[list[int]], float]) -> Work:
     return work
 
 
+def start_run(folder: Path, **flags: object) -> Run:
+    """A run of gpt2_ft.py on the CPU, with these of its flags, ready for its first step."""
+    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    args = gpt2_ft.parse_args([*argv, "--device", "cpu"])
+    return prepare(args, gpu.parse_gpu(args), folder, None)
+
+
 def ours(settings: dict) -> Work:
     """This repository's own training step, with its data, clipping test and schedule."""
-    flags = {
-        "train_data": settings["data"],
-        "init_checkpoint": settings["base"],
-        "model_card": settings["card"],
-        "lora_dim": settings["rank"],
-        "lora_alpha": settings["alpha"],
-        "lora_dropout": settings["dropout"],
-        "train_batch_size": settings["batch"],
-        "lr": settings["lr"],
-        "optimizer": "torch",
-        "scheduler": "constant",
-        "warmup_step": 0,
-        "max_step": 10**6,
-        "device": "cpu",
-    }
-    args = gpt2_ft.parse_args([str(part) for key in flags for part in (f"--{key}", flags[key])])
-    run = prepare(args, gpu.parse_gpu(args), Path("runs"), None)
-    checkpoints.apply_trained(run.model, load_file(settings["adapter"]), "adapter")
+    run = start_run(
+        Path(settings["adapter"]).parent,
+        train_data=settings["data"],
+        init_checkpoint=settings["base"],
+        model_card=settings["card"],
+        lora_dim=settings["rank"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=settings["dropout"],
+        train_batch_size=settings["batch"],
+        lr=settings["lr"],
+        optimizer="torch",
+        scheduler="constant",
+        warmup_step=0,
+        max_step=10**6,
+    )
+    model = cast(GPT2LMModel, run.model)  # in one process nothing wraps it
+    checkpoints.apply_trained(model, load_file(settings["adapter"]), "adapter")
     return timed(lambda rows: gpt2_ft.optimizer_step(run, [rows])[0])
 
 
@@ -73,16 +82,11 @@ def peft(attention: str, select: bool = False) -> Callable[[dict], Work]:
         from peft import LoraConfig, get_peft_model
 
         rank, shape = settings["rank"], settings["shape"]
-        base = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                **shape,
-                resid_pdrop=0,
-                embd_pdrop=0,
-                attn_pdrop=0,
-                use_cache=False,
-                attn_implementation=attention,
-            )
-        )
+        own = {
+            "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "use_cache": False,
+            "attn_implementation": attention,
+        }  # fmt: skip
+        base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | own))
         base.load_state_dict(load_file(settings["base"]), strict=False)
         config = LoraConfig(
             r=2 * rank,
@@ -114,7 +118,8 @@ def copy_adapter(model: nn.Module, settings: dict) -> None:
     block = torch.zeros(3 * width, 2 * rank)
     block[:width, :rank] = block[2 * width :, rank:] = 1
     start = load_file(settings["adapter"])
-    for i, layer in enumerate(model.base_model.model.transformer.h):
+    transformer = cast(Any, model).base_model.model.transformer
+    for i, layer in enumerate(transformer.h):
         name = f"transformer.h.{i}.attn.c_attn.lora_"
         a, b = (
             layer.attn.c_attn.lora_A["default"].weight,

@@ -39,7 +39,7 @@ def _java() -> str:
 
 def _jar(name: str) -> str:
     package = find_spec("pycocoevalcap")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise JavaError(f"pycocoevalcap, which ships {Path(name).name}, is not installed")
     return str(Path(package.submodule_search_locations[0]) / name)
 

@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from common.errors import InputError, Parser, run
 from common.files import check_output, replacing, write_json
@@ -136,9 +137,12 @@ def _load_files(args: argparse.Namespace) -> tuple[list[Item], list[list[str]]]:
     return items, systems
 
 
-def _scores(measured: Measured, system: int, wanted: tuple[str, ...], mask=slice(None)) -> dict:
-    measures = measured.systems[system]
-    return {name: measures[name].score(mask) if name in measures else None for name in wanted}
+def _scores(
+    measured: Measured, system: int, wanted: tuple[str, ...], chosen: list[int] | None = None
+) -> dict[str, float | None]:
+    """The scores of a system on all items, or on the `chosen` ones."""
+    measures, items = measured.systems[system], slice(None) if chosen is None else chosen
+    return {name: measures[name].score(items) if name in measures else None for name in wanted}
 
 
 def _of_texts(items: list[Item], outputs: list[str], measures: dict[str, Measure]) -> dict:
@@ -189,8 +193,8 @@ def result_of(
     """Scores, counts and, for `samples` > 0, intervals of the first system as JSON, and what
     compares a second one with it; docs/metrics.md says what the fields hold."""
     references = [item.references for item in items]
-    counts = [len(item.references) for item in items]
-    result = {
+    counts = [len(texts) for texts in references]
+    result: dict[str, Any] = {
         "scores": _scores(measured, 0, wanted),
         "task": task,
         "items": len(items),

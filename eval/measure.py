@@ -26,7 +26,7 @@ class Measure:
     of_sums: Callable[[np.ndarray], float]
     of_item: Callable[[np.ndarray], float] | None = None
 
-    def score(self, items: np.ndarray | slice = slice(None)) -> float:
+    def score(self, items: np.ndarray | list[int] | slice = slice(None)) -> float:
         """The score of all items, or of those that `items` (mask or indices) selects."""
         return float(self.of_sums(self.statistics[items].sum(axis=0)))
 

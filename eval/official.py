@@ -51,7 +51,7 @@ def read_e2e_references(path: str | Path, outputs: int) -> list[Item]:
 def read_webnlg_references(stem: str) -> list[Item]:
     """Items of the files STEM0, STEM1, ...; an empty line is no reference, nor is a repetition of
     the first one at the end."""
-    paths = []
+    paths: list[str] = []
     while Path(f"{stem}{len(paths)}").is_file():
         paths.append(f"{stem}{len(paths)}")
     if not paths:

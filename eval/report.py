@@ -37,7 +37,7 @@ def differing_words(one: str, other: str) -> tuple[Runs, Runs]:
     this place; joined, the pieces of a text are the text."""
     words = [list(WORD.finditer(text)) for text in (one, other)]
     sequences = [[match.group() for match in of_text] for of_text in words]
-    changes = SequenceMatcher(None, *sequences, autojunk=False).get_opcodes()
+    changes = SequenceMatcher(None, sequences[0], sequences[1], autojunk=False).get_opcodes()
     pieces: tuple[Runs, Runs] = [], []
     for side, text in enumerate((one, other)):
         end = 0

@@ -3,11 +3,15 @@
 from collections import Counter
 from collections.abc import Callable
 from itertools import zip_longest
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from eval.measure import Measure, Unscored, mean_of, sentence_bleu
 from eval.tokens import tokenizer
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics import BLEU, CHRF
 
 # An item of 30 words takes a few thousand steps; the limits let about ten seconds pass.
 MOST_TER_PAIRS, MOST_TER_STEPS = 4_000_000, 10_000_000
@@ -20,12 +24,18 @@ def word_tokens(text: str) -> str:
     return " ".join(word_tokenize(text, preserve_line=True))
 
 
-def by_position(references: list[list[str]]) -> list[tuple[str | None, ...]]:
-    """References by item -> by position, as sacreBLEU takes them; None where an item has fewer."""
-    return list(zip_longest(*references))
+def by_position(references: list[list[str]]) -> list[list[str]]:
+    """References by item -> by position, as sacreBLEU takes them; None where an item has fewer,
+    which it understands, though its types do not say so."""
+    return [list(cast(tuple[str, ...], texts)) for texts in zip_longest(*references)]
 
 
-def _from_sacrebleu(metric, references: list[list[str]], hypotheses: list[str], of_item=None):
+def _from_sacrebleu(
+    metric: "BLEU | CHRF",
+    references: list[list[str]],
+    hypotheses: list[str],
+    of_item: Callable[[np.ndarray], float] | None = None,
+) -> Measure:
     rows = metric._extract_corpus_statistics(hypotheses, by_position(references))
     return Measure(
         np.array(rows, dtype=np.float64),

@@ -235,7 +235,7 @@ def source_of(path: Path) -> str | None:
     if not path.is_file():
         return None
     with Image.open(path) as image:
-        return image.text.get(SOURCE)
+        return image.info.get(SOURCE)
 
 
 def draw(path: Path, results: Results) -> None:

@@ -9,6 +9,7 @@ import io
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BASE = ROOT / "data" / "nano" / "model.safetensors"
 IDS = torch.randint(2048, (4, 60), generator=torch.Generator().manual_seed(0))
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "LoRA, q,v": {},
     "LoRA, all": {"targets": ("q", "k", "v", "o", "fc", "proj")},
     "LoRA, q,v,wte": {"targets": ("q", "v", "wte")},
@@ -35,7 +36,7 @@ KINDS = {
     "PiSSA, q,v": {"kind": "pissa"},
     "LoRA-FA, q,v": {"kind": "lora_fa"},
 }
-NATIVE = {
+NATIVE: dict[str, dict[str, Any]] = {
     "c_attn": {},
     "c_attn,c_proj,c_fc": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
     "c_attn, rsLoRA": {"use_rslora": True},
@@ -52,8 +53,8 @@ def shaken(tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def our_logits(adapter: Path, **given: object) -> Tensor:
-    model, _ = checkpoints.load(BASE, adapter, **given)
+def our_logits(adapter: Path, alpha: float | None = None) -> Tensor:
+    model, _ = checkpoints.load(BASE, adapter, lora_alpha=alpha)
     return checkpoints.merge(model)(IDS)[0]
 
 
@@ -106,7 +107,7 @@ def exports(work: Path, base: Path) -> list[list[str]]:
         pt = "no place for it"
         if adapter_fits_pt(settings):
             file = convert(adapter, "pt", work / "a.pt")
-            pt = difference(our_logits(file, lora_alpha=32), expected)
+            pt = difference(our_logits(file, 32), expected)
         rows.append([*row, pt])
     return rows
 
@@ -118,13 +119,13 @@ def adapter_fits_pt(settings: dict) -> bool:
 def imports(work: Path, base: Path) -> list[list[str]]:
     rows = []
     for name, settings in NATIVE.items():
-        given = {"target_modules": ["c_attn"], "fan_in_fan_out": True} | settings
+        given: dict[str, Any] = {"target_modules": ["c_attn"], "fan_in_fan_out": True} | settings
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, **given)
         model = peft.get_peft_model(hf_base(base), config).eval()
         shaken({n: p for n, p in model.named_parameters() if p.requires_grad})
         with torch.no_grad():
             expected = model(IDS).logits
-        model.save_pretrained(work / "native")
+        model.save_pretrained(str(work / "native"))
         merged = convert(work / "native", "merged", work / "merged")
         with torch.no_grad():
             whole = difference(hf_base(merged)(IDS).logits, expected)
@@ -161,6 +162,7 @@ def main() -> None:
         base = work / "base"  # a merged export of an adapter that adds nothing
         adapter, _ = our_adapter(work, {})
         header, tensors = checkpoints.read_adapter(adapter)
+        assert header
         nothing = {key: torch.zeros_like(t) for key, t in tensors.items()}
         checkpoints.save_adapter(adapter, nothing, header)
         convert(adapter, "merged", base)

@@ -9,14 +9,16 @@ folder or the one above it.
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.errors import InputError, run
+from common.errors import InputError, Parser, run
 from common.files import read_json_lines, replacing
 
-ROOT = Path(__file__).resolve().parents[1]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FILES = ("scores.json", "result.json")
-CURVES = {"loss": "loss, nats a token", "ppl": "perplexity", "lr": "learning rate"}
+CURVES = {"loss": "loss, nats per token", "ppl": "perplexity", "lr": "learning rate"}
 
 
 def read_scores(folder: Path) -> dict[str, float]:
@@ -30,7 +32,7 @@ def read_scores(folder: Path) -> dict[str, float]:
     return {}
 
 
-def draw_curves(axes: list, color: str, name: str, folder: Path) -> None:
+def draw_curves(axes: list["Axes"], color: str, name: str, folder: Path) -> None:
     """One run's curves on the axes of `CURVES`: training a line, validation dots."""
     records = read_json_lines(folder / "log.jsonl")
     for own, field in zip(axes, CURVES, strict=True):
@@ -43,9 +45,9 @@ def draw_curves(axes: list, color: str, name: str, folder: Path) -> None:
     axes[1].set_yscale("log")
 
 
-def draw_scores(axes: object, scores: list[dict[str, float]]) -> None:
-    """A group of bars a metric, one bar a run, in the colours of their curves; NIST and CIDEr are
-    shown in tenths."""
+def draw_scores(axes: "Axes", scores: list[dict[str, float]]) -> None:
+    """A group of bars per metric, one bar per run, in the colours of their curves; NIST and CIDEr
+    are shown in tenths."""
     metrics = list(dict.fromkeys(metric for own in scores for metric in own))
     width = 0.8 / max(len(scores), 1)
     for i, own in enumerate(scores):
@@ -59,9 +61,7 @@ def draw_scores(axes: object, scores: list[dict[str, float]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="work_dir of a run")
     parser.add_argument("--output", type=Path, default="runs.png", help="default: %(default)s")
     args = parser.parse_args(argv)
@@ -79,7 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     *curves, bars = axes.flat
     for i, folder in enumerate(args.runs):
         draw_curves(curves, f"C{i}", str(folder), folder)
-    draw_scores(bars, [read_scores(folder) for folder in args.runs])
+    scores = [read_scores(folder) for folder in args.runs]
+    if any(scores):
+        draw_scores(bars, scores)
+    else:
+        bars.remove()
     curves[0].legend(fontsize=8, title="line: training, dots: validation", title_fontsize=8)
     with replacing(args.output, "wb") as file:
         figure.savefig(file, format="png", dpi=110)

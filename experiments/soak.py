@@ -167,7 +167,7 @@ def disturbed(soak: Soak, kills: int, longest_life: float, draw: random.Random) 
 
 def on_full_disk(soak: Soak) -> None:
     """Train on the tmpfs that holds `soak.folder`, and let it grow by a little at each stop."""
-    size, process = 128, soak.start()
+    size, process = 128.0, soak.start()  # KB
     while soak.wait(process) and process.returncode == 2:
         soak.stops, size = soak.stops + 1, size * 1.3
         grow = ["mount", "-o", f"remount,size={size:.0f}k", str(soak.folder.parent)]

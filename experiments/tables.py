@@ -41,11 +41,11 @@ def read_results(folder: Path) -> list[dict]:
 
 def mean_sd(values: list[float | None], factor: float = 1, digits: int = 2) -> str:
     """`mean ± sd` (n - 1 in its denominator), the value alone where it is one, or nothing."""
-    if not values or None in values:
+    known = [factor * value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return ""
-    values = [factor * value for value in values]
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{statistics.mean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
 def runs_of(results: list[dict], setting: Setting) -> list[dict]:

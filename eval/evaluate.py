@@ -102,6 +102,23 @@ def named_metrics(task: str, given: str | None) -> tuple[str, ...]:
     return tuple(name for low, name in official.items() if low in wanted)
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse an output file that is a folder or one of the inputs, before anything is computed."""
+    outputs: dict[str, str] = {}
+    numbered = "" if args.task not in ("webnlg", "dart") else "0"  # the first of several files
+    inputs = {
+        f"--{flag}": getattr(args, flag)
+        for flag in ("data", "predictions", "hypotheses", "inputs", "compare")
+    } | {"--references": args.references and args.references + numbered}
+    for flag in ("json", "report", "write_hypotheses", "write_references"):
+        if path := getattr(args, flag):
+            path += numbered * (flag == "write_references")
+            if path in outputs:
+                raise InputError(f"--{flag} {path} is also {outputs[path]}; name two files")
+            check_output(f"--{flag}", path, inputs)
+            outputs[path] = f"--{flag}"
+
+
 def load_data(
     task: str,
     data: str,
@@ -224,6 +241,7 @@ def result_of(
 def evaluate(args: argparse.Namespace) -> dict:
     """Score what the arguments name and write the files they ask for; return the result, which is
     JSON with `scores` first: fractions, but NIST and CIDEr raw, None with a reason in `reasons`."""
+    _check_outputs(args)
     if args.data:
         predictions = filter(None, (args.predictions, args.compare))
         items, systems = load_data(args.task, args.data, predictions, args.vocab, args.fields)

@@ -17,7 +17,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from common.errors import InputError, Parser, run
-from common.files import replacing
+from common.files import check_output, replacing
 from eval import coco, evaluate, tables, texts
 from eval.coverage import missing_values, values
 from eval.metrics import LOWER_IS_BETTER, Measured, measure
@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse_args(argv)
     files = args.predictions
+    check_output("--html", args.html, {"--data": args.data} | files)
     items, systems = evaluate.load_data(
         args.task, args.data, files.values(), args.vocab, args.fields
     )

@@ -9,41 +9,80 @@ the mean and the standard deviation over files that the second wrote.
 """
 
 import argparse
-import json
+import math
 import statistics
 from pathlib import Path
+from typing import Any, cast
 
-from common.errors import InputError, run
-from common.files import read_json_lines, write_json
+from common.errors import InputError, Parser, run
+from common.files import check_output, read_json_lines, write_json
+from common.json_text import parse_json
+from common.text_files import TextFile
 
 Scores = dict[str, float | None]
 
 
-def read_json(path: str | Path, field: str) -> dict:
-    """The object in a JSON file that has `field`."""
+def read_json(path: str | Path, *fields: str) -> dict[str, Any]:
+    """The object in a JSON file that has these fields.
+
+    Raises:
+        InputError: the file cannot be read, or holds no such object.
+    """
+    with TextFile(path) as text:
+        content = text.read()
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        value[field]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has no {field} to sum up: {error}") from error
+        value = parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; name a file that this repository wrote") from error
+    missing = [name for name in fields if not isinstance(value, dict) or name not in value]
+    if missing:
+        raise InputError(f"{path} has no {missing[0]!r} to sum up; name a file that has it")
     return value
+
+
+def checked_scores(value: object, path: str | Path) -> Scores:
+    """The value, if it is numbers (or null) by metric; InputError otherwise."""
+    if isinstance(value, dict) and all(map(_is_score, value.values())):
+        return value
+    raise InputError(f"{path}: {value!r:.60} is not scores, numbers or null by metric")
+
+
+def _is_score(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(cast(float, value)))
 
 
 def read_scores(name: str, path: str) -> dict[str, Scores]:
     """The `scores` of a result file under `name`, and of its subsets under `name, subset`."""
     result = read_json(path, "scores")
-    subsets = result.get("subsets", {}).items()
-    return {name: result["scores"]} | {f"{name}, {own}": part["scores"] for own, part in subsets}
+    subsets = result.get("subsets", {})
+    if not isinstance(subsets, dict) or not all(isinstance(p, dict) for p in subsets.values()):
+        raise InputError(f"{path}: its subsets are not objects by name")
+    parts = {f"{name}, {own}": part.get("scores") for own, part in subsets.items()}
+    found = {name: result["scores"]} | parts
+    return {own: checked_scores(scores, path) for own, scores in found.items()}
 
 
-def read_run(folder: str | Path) -> dict:
+def read_rules(path: str) -> dict[str, Scores]:
+    """The scores by rule of a file that --run made."""
+    scores = read_json(path, "scores")["scores"]
+    if not isinstance(scores, dict):
+        raise InputError(f"{path}: {scores!r:.60} is not scores by rule, as --run writes them")
+    return {name: checked_scores(own, path) for name, own in scores.items()}
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
     """What a run's work_dir says of it: settings, code, and its validation losses in nats."""
-    described = read_json(Path(folder) / "run.json", "settings")
-    records = read_json_lines(Path(folder) / "log.jsonl")
-    valid = [record for record in records if record["kind"] == "valid"]
-    best = min(valid, key=lambda record: record["loss"], default=None)
+    described = read_json(Path(folder) / "run.json", "settings", "git_commit", "python", "torch")
+    log = Path(folder) / "log.jsonl"
+    records = read_json_lines(log)
+    try:
+        steps = max(record["step"] for record in records)
+        valid = [record for record in records if record["kind"] == "valid"]
+        best = min(valid, key=lambda record: record["loss"], default=None)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{log} is no log of a run: a record lacks {error}") from error
     return {name: described[name] for name in ("settings", "git_commit", "python", "torch")} | {
-        "steps": max(record["step"] for record in records),
+        "steps": steps,
         "valid_loss": valid[-1]["loss"] if valid else None,
         "best_valid_loss": best and best["loss"],
         "best_step": best and best["step"],
@@ -53,13 +92,14 @@ def read_run(folder: str | Path) -> dict:
 def over_runs(paths: list[str]) -> dict[str, dict[str, Scores]]:
     """`mean` and `sd` (n - 1 in its denominator) of the scores that several results have in common,
     None where one of them has none."""
-    scores = [read_json(path, "scores")["scores"] for path in paths]
+    scores = [read_rules(path) for path in paths]
     mean: dict[str, Scores] = {}
     sd: dict[str, Scores] = {}
     for name in scores[0]:
         for metric in scores[0][name]:
-            values = [of_run.get(name, {}).get(metric) for of_run in scores]
-            whole = None not in values
+            found = [of_run.get(name, {}).get(metric) for of_run in scores]
+            values = [value for value in found if value is not None]
+            whole = len(values) == len(found)
             mean.setdefault(name, {})[metric] = statistics.mean(values) if whole else None
             spread = statistics.stdev(values) if whole and len(values) > 1 else None
             sd.setdefault(name, {})[metric] = spread
@@ -96,17 +136,26 @@ def headline(result: dict) -> str:
     settings = result["settings"]
     seconds = ", ".join(f"{name} {value:g} s" for name, value in result["seconds"].items())
     loss = result["best_valid_loss"]
-    best = "" if loss is None else f", best valid loss {loss:.4f} behind step {result['best_step']}"
+    best = "" if loss is None else f", best valid loss {loss:.4f} at step {result['best_step']}"
     return (
         f"{settings['model_card']}, r {settings['lora_dim']}, {settings['trained_parameters']:,} "
         f"trained, seed {settings['random_seed']}, {result['steps']:,} steps{best}; {seconds}"
     )
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def named_values(entries: list[str], flag: str) -> dict[str, str]:
+    """`NAME=VALUE` entries by name."""
+    pairs = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"{flag} {entry!r} is not NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("results", nargs="+", metavar="NAME=FILE", help="with --mean: files of --run")
     add("--json", required=True, help="file to write")
@@ -114,29 +163,39 @@ def parse_args() -> argparse.Namespace:
     add("--seconds", nargs="*", default=[], metavar="NAME=N", help="of the run, for its JSON")
     add("--mean", action="store_true", help="over the results of several runs")
     add("--published", nargs="*", default=[], metavar="ROW", help='"NAME: BLEU=.7", for the table')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    args = parse_args(argv)
     sd = None
+    files = {} if args.mean else named_values(args.results, "result")
+    inputs = args.results if args.mean else files.values()
+    check_output("--json", args.json, {path: path for path in inputs})
+    published = [published_scores(text) for text in args.published]
     if args.mean:
-        result = over_runs(args.results) | {"runs": args.results}
+        result: dict[str, Any] = over_runs(args.results) | {"runs": args.results}
         scores, sd = result["mean"], result["sd"]
     else:
-        pairs = [entry.partition("=") for entry in args.results]
         scores = {}
-        for name, _, path in pairs:
+        for name, path in files.items():
             scores |= read_scores(name, path)
         result = scores
     if args.run:
-        seconds = {name: float(n) for name, _, n in (s.partition("=") for s in args.seconds)}
-        result = read_run(args.run) | {"seconds": seconds, "scores": scores}
+        result = read_run(args.run) | {"seconds": _seconds(args.seconds), "scores": scores}
         print(headline(result))
     write_json(args.json, result)
-    for text in args.published:
-        scores = scores | published_scores(text)
+    for rows in published:
+        scores = scores | rows
     print(table(scores, sd))
+
+
+def _seconds(entries: list[str]) -> dict[str, float]:
+    try:
+        return {name: float(n) for name, n in named_values(entries, "--seconds").items()}
+    except ValueError as error:
+        raise InputError(f"--seconds: {error}; give NAME=NUMBER") from error
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ folder or the one above it.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import InputError, Parser, run
-from common.files import read_json_lines, replacing
+from common.files import check_output, read_json_lines, replacing
+from eval.summary import Scores, checked_scores, read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,14 +21,15 @@ FILES = ("scores.json", "result.json")
 CURVES = {"loss": "loss, nats per token", "ppl": "perplexity", "lr": "learning rate"}
 
 
-def read_scores(folder: Path) -> dict[str, float]:
+def read_scores(folder: Path) -> Scores:
     """The scores of a run by metric; of a file with several results the first; none if unscored."""
     for path in (where / name for where in (folder, folder.parent) for name in FILES):
         if path.is_file():
-            scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
-            first = next(iter(scores.values()))
-            found = first if isinstance(first, dict) else scores
-            return {name: value for name, value in found.items() if value is not None}
+            scores = read_json(path, "scores")["scores"]
+            several = isinstance(scores, dict) and [
+                v for v in scores.values() if isinstance(v, dict)
+            ]
+            return checked_scores(several[0] if several else scores, path)
     return {}
 
 
@@ -37,7 +38,9 @@ def draw_curves(axes: list["Axes"], color: str, name: str, folder: Path) -> None
     records = read_json_lines(folder / "log.jsonl")
     for own, field in zip(axes, CURVES, strict=True):
         for kind, label, style in (("train", name, "-"), ("valid", None, "o:")):
-            points = [(r["step"], r[field]) for r in records if r["kind"] == kind and field in r]
+            mine = [record for record in records if record.get("kind") == kind]
+            pairs = [(record.get("step"), record.get(field)) for record in mine]
+            points = [pair for pair in pairs if all(isinstance(n, int | float) for n in pair)]
             if points:
                 own.plot(*zip(*points, strict=True), style, label=label, color=color)
         own.set(xlabel="step", ylabel=CURVES[field])
@@ -45,15 +48,17 @@ def draw_curves(axes: list["Axes"], color: str, name: str, folder: Path) -> None
     axes[1].set_yscale("log")
 
 
-def draw_scores(axes: "Axes", scores: list[dict[str, float]]) -> None:
+def draw_scores(axes: "Axes", scores: list[Scores]) -> None:
     """A group of bars per metric, one bar per run, in the colours of their curves; NIST and CIDEr
     are shown in tenths."""
     metrics = list(dict.fromkeys(metric for own in scores for metric in own))
     width = 0.8 / max(len(scores), 1)
     for i, own in enumerate(scores):
-        places = [m + i * width for m, metric in enumerate(metrics) if metric in own]
-        heights = [own[m] / (10 if m in ("NIST", "CIDEr") else 1) for m in metrics if m in own]
-        axes.bar(places, heights, width, color=f"C{i}")
+        bars = [(m + i * width, own.get(metric), metric) for m, metric in enumerate(metrics)]
+        for place, value, metric in bars:
+            if value is not None:
+                height = value / (10 if metric in ("NIST", "CIDEr") else 1)
+                axes.bar(place, height, width, color=f"C{i}")
     labels = [f"{m}/10" if m in ("NIST", "CIDEr") else m for m in metrics]
     axes.set_xticks([m + 0.4 - width / 2 for m in range(len(metrics))], labels, fontsize=8)
     axes.set_ylabel("score")
@@ -68,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for folder in args.runs:
         if not (folder / "log.jsonl").is_file():
             raise InputError(f"{folder} holds no log.jsonl; name the work_dir of a run")
+        check_output("--output", args.output, {"log.jsonl": folder / "log.jsonl"})
     try:
         import matplotlib
     except ImportError as error:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,11 +151,15 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, s
     return process.returncode, out, err
 
 
-def refusal(argv: list[str], capsys: pytest.CaptureFixture) -> str:
+def refusal(
+    argv: list[str],
+    capsys: pytest.CaptureFixture,
+    main: Callable[[list[str]], int | None] = gpt2_ft.main,
+) -> str:
     """The one sentence with which the program refuses its input, exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        errors.run(lambda: gpt2_ft.main(argv))
+        errors.run(lambda: main(argv))
     err = capsys.readouterr().err
     assert ended.value.code == 2
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1

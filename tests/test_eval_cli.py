@@ -265,6 +265,35 @@ def test_wrong_arguments_are_one_clear_sentence(e2e, more, message):
         evaluate.main([*e2e, *more])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--json", "."], r"--json \. is a folder"),
+        (["--json", "hyp.txt"], "--json hyp.txt is also --hypotheses"),
+        (["--report", "refs.txt"], "--report refs.txt is also --references"),
+        (["--write_references", "refs.txt"], "--write_references refs.txt is also --references"),
+        (["--json", "new", "--report", "new"], "--report new is also --json; name two files"),
+    ],
+)
+def test_an_output_that_is_an_input_or_a_folder_is_refused_before_anything_is_scored(
+    e2e, flags, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=message):
+        evaluate.main([*e2e, *NO_JAVA, *flags])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_numbered_references_are_not_overwritten(tmp_path):
+    for name in ("r0", "r1", "hyp.txt"):
+        (tmp_path / name).write_text("a b c d\n", encoding="utf-8")
+    stem = str(tmp_path / "r")
+    named = ["--references", stem, "--hypotheses", str(tmp_path / "hyp.txt")]
+    with pytest.raises(InputError, match="r0 is also --references"):
+        evaluate.main(["--task", "webnlg", *named, "--write_references", stem])
+
+
 def test_unequal_counts_name_files_and_items(e2e, tmp_path):
     (tmp_path / "hyp.txt").write_text("only one\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"hyp.txt has 1 outputs, .*refs.txt has 3 items"):

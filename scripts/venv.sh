@@ -16,9 +16,12 @@ if [ -f .venv/Scripts/activate ]; then source .venv/Scripts/activate; else sourc
 stamp=.venv/$requirements.done
 needed=$(cat requirements.txt "$requirements" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$needed" ]; then
-  echo "Installing $requirements into .venv; this takes a few minutes"
+  torch=$(grep '^torch==' requirements.txt)
+  echo "Installing $torch into .venv: 0.2 GB to download, 2.7 GB where it comes with CUDA" \
+    "(docs/installation.md says how to choose)"
   # torch first and alone: a looser requirement met before it would fetch another build.
-  pip install --quiet "$(grep '^torch==' requirements.txt)"
+  pip install "$torch"
+  echo "Installing the rest of $requirements into .venv: 0.2 GB to download"
   pip install --quiet -r "$requirements"
   echo "$needed" > "$stamp"
 fi

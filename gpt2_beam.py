@@ -10,7 +10,8 @@
 
 The predictions file has one object for each row of the data, in its order: id, context, prediction
 (token ids, the end id included), text (where the vocabulary is known), score, length, finished.
-Each distinct context is searched once. Defaults are the published E2E settings.
+Each distinct context is decoded once. Defaults are the published E2E settings; --do_sample draws
+texts at random.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from common.process_group import naming_lost_ranks
 from data.fields import add_fields_flag
 from data_utils import Rows, default_end_ids, load_tokenizer, read_rows, repeats_ngram
 from decoding import SearchSettings
-from decoding.batches import Batch, Context, make_batches, search_batches, tasks_of_rows
+from decoding.batches import Batch, Context, decode_batches, make_batches, tasks_of_rows
+from decoding.generate import SAMPLING, SEARCH, Settings, make_settings
 from decoding.journal import Journal, remove_kept_files
 from decoding.packed import pack
 from decoding.predictions import write_predictions
@@ -63,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_fields_flag(add)
     add("--vocab", help="folder of the vocabulary (default: the run's); needed for text")
     add("--seq_len", type=int, help="room for context and output (default: the model's window)")
-    add("--batch_size", type=int, default=16, help="contexts searched at once; no effect on texts")
+    add("--batch_size", type=int, default=16, help="contexts decoded at once; no effect on texts")
     add = parser.add_argument_group("model").add_argument
     add("--init_checkpoint", help="base: file, folder or gpt2[-medium …] (default: the run's)")
     add(
@@ -77,14 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_card", help=f"{', '.join(MODEL_CARDS)} (default: the adapter's or the base's)")
     add("--lora_dim", type=int, help="default: the adapter's")
     add("--lora_alpha", type=float, help="default: the adapter's; the original's files lack it")
-    add = parser.add_argument_group("search").add_argument
-    add("--search", choices=("original", "hf"), default="original", help="hf: as transformers")
-    add("--beam", type=int, default=10, help="default: %(default)s")
-    add("--length_penalty", type=float, default=0.8, help="larger favours longer (default: 0.8)")
-    add("--no_repeat_ngram_size", type=int, help=f"0 to allow all (default: {NGRAM_SIZE})")
-    add("--repetition_penalty", type=float, default=1.0, help="1 for none (default: 1)")
-    add("--min_length", type=int, default=0, help="in generated tokens (default: 0)")
-    add("--eval_len", type=int, default=64, help="most generated tokens (default: 64)")
+    add = parser.add_argument_group("text").add_argument
+    ngram_size = f"0 to allow all (default: {NGRAM_SIZE}, with --do_sample 0)"
+    add("--no_repeat_ngram_size", type=int, help=ngram_size)
+    add("--repetition_penalty", type=float, help="1 for none (default: 1)")
+    add("--min_length", type=int, help="in generated tokens (default: 0)")
+    add("--eval_len", type=int, help="most generated tokens (default: 64)")
     add(
         "--eos_token_id",
         type=int,
@@ -92,6 +92,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="id that ends a text, may be repeated (default: end-of-text and the blank line)",
     )
     add("--num_return_sequences", type=int, default=1, help="more than 1 adds the n_best field")
+    add = parser.add_argument_group("search").add_argument
+    add("--search", choices=("original", "hf"), help="hf: as transformers (default: original)")
+    add("--beam", type=int, help="default: 10")
+    add("--length_penalty", type=float, help="larger favours longer (default: 0.8)")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--do_sample", action="store_true", help="draw texts at random in place of the search")
+    add("--temperature", type=float, help="below 1 favours the likelier tokens (default: 1)")
+    add("--top_k", type=int, help="draw from the k likeliest tokens (default: 0, from all)")
+    add("--top_p", type=float, help="from the likeliest that reach probability p (default: 1)")
+    add("--seed", type=int, dest="random_seed", help="the same as --random_seed")
     add = parser.add_argument_group("output").add_argument
     add("--work_dir", help="folder that --output_file is relative to")
     add("--output_file", help="default: predictions.jsonl in --work_dir, or in runs")
@@ -102,14 +112,28 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the flags; raise InputError for one that is out of its range."""
     args = build_parser().parse_args(argv)
-    for name in ("batch_size", "beam", "eval_len", "num_return_sequences"):
+    for name in ("batch_size", "num_return_sequences"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.num_return_sequences > args.beam:
+    settings = given_settings(args)
+    if isinstance(settings, SearchSettings) and args.num_return_sequences > settings.beam:
         raise InputError(
-            f"--num_return_sequences {args.num_return_sequences} is more than --beam {args.beam}"
+            f"--num_return_sequences {args.num_return_sequences} is more than --beam "
+            f"{settings.beam}"
         )
     return args
+
+
+def given_settings(args: argparse.Namespace) -> Settings:
+    """Return the settings that the flags give, all but the end ids; raise InputError for those that
+    are out of range or contradict one another."""
+    given = {name: getattr(args, name, None) for name in sorted(SEARCH | SAMPLING)}
+    if args.do_sample:
+        given["seed"] = args.random_seed
+    try:
+        return make_settings(args.do_sample, **{k: v for k, v in given.items() if v is not None})
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
 
 
 @dataclass(frozen=True)
@@ -128,7 +152,7 @@ class Job:
     tokenizer: Tokenizer | None
     base: BaseWeights
     adapters: Mapping[Task, Adapter]
-    settings: SearchSettings
+    settings: Settings
     rows: Rows
     tasks: list[Task]
     contexts: list[Context]
@@ -144,26 +168,28 @@ def read_job(args: argparse.Namespace, runtime: Runtime, sources: Sources) -> Jo
         adapters[task] = Adapter(str(found and found.path), header, tensors)
         if tokenizer is not None:
             checkpoints.check_vocabulary(tokenizer, str(sources.vocab), base, header)
-    settings = search_settings(args, runtime, tokenizer, base.vocab_size)
+    settings = replace(
+        given_settings(args), end_ids=choose_end_ids(args, runtime, tokenizer, base.vocab_size)
+    )
     also = ["task"] if len(adapters) > 1 else []
     rows = read_rows(sources.data, tokenizer, base.vocab_size, False, args.fields, also)
     if runtime.rank == 0:
         print(f"{sources.data}: {len(rows):,} rows ({rows.source})")
         warn_of_ends(rows, settings)
-        if args.no_repeat_ngram_size is None:
+        if args.no_repeat_ngram_size is None and settings.no_repeat_ngram_size:
             warn_of_repeats(rows)
-    contexts = cut_contexts(args, runtime, rows, base.n_positions)
+    contexts = cut_contexts(args, runtime, rows, base.n_positions, settings.eval_len)
     tasks = tasks_of_rows(rows, adapters)
     return Job(tokenizer, base, adapters, settings, rows, tasks, contexts)
 
 
-def search_settings(
+def choose_end_ids(
     args: argparse.Namespace, runtime: Runtime, tokenizer: Tokenizer | None, vocab_size: int
-) -> SearchSettings:
-    """Return the settings that the flags give; warn where texts may not find their end.
+) -> tuple[int, ...]:
+    """Return the ids that end a text; warn where texts may not find their end.
 
     Raises:
-        InputError: a value is out of range, or the end ids are not known.
+        InputError: they are not known, or not in the vocabulary.
     """
     defaults = default_end_ids(tokenizer, vocab_size)
     end_ids = args.eos_token_id or defaults
@@ -180,12 +206,7 @@ def search_settings(
             f"texts were trained to end on {defaults[0]}, which is not among the end ids, so they "
             f"may run on to --eval_len; for both give {both}"
         )
-    names = [field.name for field in fields(SearchSettings) if field.name != "end_ids"]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    try:
-        return SearchSettings(end_ids=tuple(dict.fromkeys(end_ids)), **given)
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
+    return tuple(dict.fromkeys(end_ids))
 
 
 def warn(text: str) -> None:
@@ -215,22 +236,22 @@ def warn_of_repeats(rows: Rows) -> None:
 
 
 def cut_contexts(
-    args: argparse.Namespace, runtime: Runtime, rows: Rows, n_positions: int
+    args: argparse.Namespace, runtime: Runtime, rows: Rows, n_positions: int, eval_len: int
 ) -> list[Context]:
     """Return each row's context; those too long for the window lose their head, and are counted."""
     window = args.seq_len or n_positions
     if window > n_positions:
         raise InputError(f"--seq_len {window} is above the model's {n_positions}")
-    room = window - args.eval_len
+    room = window - eval_len
     if room < 1:
         raise InputError(
-            f"--eval_len {args.eval_len} leaves no room for a context in --seq_len {window}"
+            f"--eval_len {eval_len} leaves no room for a context in --seq_len {window}"
         )
     cut = int((rows.lengths[:, 0] > room).sum())
     if cut and runtime.rank == 0:
         print(
             f"{cut} of {len(rows)} contexts are longer than --seq_len {window} less --eval_len "
-            f"{args.eval_len}; only their last {room} tokens count"
+            f"{eval_len}; only their last {room} tokens count"
         )
     return [tuple(row.context[-room:].tolist()) for row in rows]
 
@@ -255,7 +276,7 @@ def identify(
     args: argparse.Namespace, runtime: Runtime, job: Job, batches: Sequence[Batch]
 ) -> dict[str, Any]:
     """Return what decides the result: a decode that was stopped is resumed under the same alone."""
-    data = json.dumps([[batch.task, batch.contexts] for batch in batches])
+    data = json.dumps([[batch.task, batch.contexts, batch.rows] for batch in batches])
     return {
         "--data, --seq_len or --batch_size": hashlib.sha256(data.encode()).hexdigest(),
         "--init_checkpoint": job.base.fingerprint,
@@ -263,7 +284,7 @@ def identify(
             str(task): [adapter.header and adapter.header.to_json(), fingerprint(adapter.tensors)]
             for task, adapter in job.adapters.items()
         },
-        "setting of the search": asdict(job.settings),
+        "setting of the decoding": asdict(job.settings),
         "--num_return_sequences": args.num_return_sequences,
         "precision or device": [runtime.precision, runtime.device.type],
         "--lora_alpha": args.lora_alpha,
@@ -289,7 +310,7 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
     try:
         load = partial(load_model, args, runtime, job)
         count = args.num_return_sequences
-        found = search_batches(runtime, batches, load, job.settings, count, journal)
+        found = decode_batches(runtime, batches, load, job.settings, count, journal)
     except ValueError as error:
         raise InputError(f"--init_checkpoint or --adapter: {error}") from error
     finally:
@@ -305,7 +326,7 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
         f"{len(best):,} rows, {len(found):,} distinct contexts"
         f"{f', {kept:,} of them kept from before' if kept else ''}, "
         f"{(len(found) - kept) / seconds:.2f} texts/s, {unfinished:,} unfinished at --eval_len "
-        f"{args.eval_len}; into {output}"
+        f"{job.settings.eval_len}; into {output}"
     )
 
 

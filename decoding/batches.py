@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 from data_utils import Rows
-from decoding.beam_search import Hypothesis, SearchSettings, beam_search
+from decoding.beam_search import Hypothesis
+from decoding.generate import Settings, complete
 from decoding.journal import Journal
 from decoding.sources import Task
 from gpu import Runtime
@@ -41,11 +42,12 @@ def tasks_of_rows(rows: Rows, adapters: Mapping[Task, object]) -> list[Task]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Contexts of one task that are searched together."""
+    """Contexts of one task that are decoded together; `rows` are the first that have them."""
 
     number: int
     task: Task
     contexts: list[Context]
+    rows: list[int]
 
 
 def make_batches(
@@ -55,24 +57,28 @@ def make_batches(
     else, so that each batch gives the same bits in whichever process it is searched."""
     batches: list[Batch] = []
     for task in dict.fromkeys(tasks):
-        own = dict.fromkeys(c for c, t in zip(contexts, tasks, strict=True) if t == task)
-        longest_first = sorted(own, key=len, reverse=True)
+        first: dict[Context, int] = {}
+        for row, (context, own) in enumerate(zip(contexts, tasks, strict=True)):
+            if own == task:
+                first.setdefault(context, row)
+        longest_first = sorted(first, key=len, reverse=True)
         for start in range(0, len(longest_first), batch_size):
             batch = longest_first[start : start + batch_size]
-            batches.append(Batch(len(batches), task, batch))
+            batches.append(Batch(len(batches), task, batch, [first[context] for context in batch]))
     return batches
 
 
-def search_batches(
+def decode_batches(
     runtime: Runtime,
     batches: Sequence[Batch],
     load_model: Callable[[Task], GPT2LMModel],
-    settings: SearchSettings,
+    settings: Settings,
     num_return_sequences: int,
     journal: Journal,
 ) -> dict[tuple[Task, Context], list[Hypothesis]]:
-    """Search this process's share of the batches but those that the journal has, and return the
-    hypotheses of every task and context, those of all processes.
+    """Decode this process's share of the batches but those that the journal has, and return the
+    hypotheses of every task and context, those of all processes. A context that is sampled has the
+    number of its first row.
 
     Raises:
         ValueError: the model's logits are NaN.
@@ -86,8 +92,14 @@ def search_batches(
             for batch in own:
                 prompts = [torch.tensor(c, device=runtime.device) for c in batch.contexts]
                 with runtime.autocast():
-                    found = beam_search(
-                        model, prompts, settings, len(prompts), num_return_sequences, bar.update
+                    found = complete(
+                        model,
+                        prompts,
+                        settings,
+                        len(prompts),
+                        num_return_sequences,
+                        bar.update,
+                        batch.rows,
                     )
                 journal.keep(batch.number, found)
     found_by_number: dict[int, list[list[Hypothesis]]] = {}

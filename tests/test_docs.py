@@ -55,7 +55,7 @@ TINY = {
     ),
     "gpt2_beam.py": (
         f"--vocab vocab --init_checkpoint {NANO}",
-        "--beam 2 --eval_len 3 --device cpu",
+        "--eval_len 3 --device cpu",
     ),
     "eval.evaluate": (
         "--task e2e --data test.jsonl --predictions predictions.jsonl",

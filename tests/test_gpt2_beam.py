@@ -27,7 +27,7 @@ import gpu
 from checkpoints import read_adapter, read_base
 from common.errors import InputError
 from data_utils import load_tokenizer
-from decoding import batches, sources
+from decoding import SearchSettings, batches, sources
 from decoding.journal import kept_files
 from model import GPT2Config, GPT2LMModel
 
@@ -68,13 +68,13 @@ def test_every_row_is_predicted_once_in_order_and_each_distinct_context_searched
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     searched: list[tuple] = []
-    search = batches.beam_search
+    search = batches.complete
 
     def spy(model, prompts, *rest):
         searched.extend(tuple(prompt.tolist()) for prompt in prompts)
         return search(model, prompts, *rest)
 
-    monkeypatch.setattr(batches, "beam_search", spy)
+    monkeypatch.setattr(batches, "complete", spy)
     rows = rows_with_repeats()
     predictions = decode(tiny, rows=rows)
     assert [p["id"] for p in predictions] == list(range(20))
@@ -179,7 +179,7 @@ def chosen_ends(tiny: Tiny, vocab_size: int, *more: object, vocab: Path | None =
     args = gpt2_beam.parse_args([*argv[:at], *argv[at + 2 :], *map(str, more)])
     tokenizer = load_tokenizer(vocab) if vocab else None
     runtime = gpu.parse_gpu(args)
-    return gpt2_beam.search_settings(args, runtime, tokenizer, vocab_size).end_ids
+    return gpt2_beam.choose_end_ids(args, runtime, tokenizer, vocab_size)
 
 
 def test_given_end_ids_replace_the_default_and_a_missing_trained_one_is_named(
@@ -199,9 +199,11 @@ def test_given_end_ids_replace_the_default_and_a_missing_trained_one_is_named(
 
 def test_the_defaults_are_the_published_settings(tiny: Tiny) -> None:
     args = gpt2_beam.parse_args(["--data", "x", "--init_checkpoint", "y"])
-    assert (args.beam, args.length_penalty, gpt2_beam.NGRAM_SIZE) == (10, 0.8, 4)
-    assert args.no_repeat_ngram_size is None  # which leaves it to SearchSettings
-    assert (args.eval_len, args.min_length, args.repetition_penalty) == (64, 0, 1.0)
+    published = SearchSettings(
+        beam=10, length_penalty=0.8, no_repeat_ngram_size=4, eval_len=64, min_length=0,
+        repetition_penalty=1.0, search="original",
+    )  # fmt: skip
+    assert gpt2_beam.given_settings(args) == published
 
 
 def test_without_data_and_base_the_sample_is_decoded() -> None:
@@ -228,7 +230,7 @@ WRONG_FLAGS = [
     (("--batch_size", 0), "--batch_size 0"),
     (("--eval_len", POSITIONS), "--eval_len 32 leaves no room"),
     (("--seq_len", 99), "--seq_len 99 is above"),
-    (("--num_return_sequences", 4), "--num_return_sequences 4"),
+    (("--num_return_sequences", 4), "--num_return_sequences 4 is more than --beam 3"),
     (("--length_penalty", "nan"), "--length_penalty nan"),
     (("--repetition_penalty", 0), "--repetition_penalty 0"),
     (("--eos_token_id", VOCABULARY), "--eos_token_id 64"),
@@ -353,17 +355,17 @@ def test_a_decode_that_was_killed_is_resumed_to_the_same_bytes(
     argv = beam_argv(nano, "--batch_size", 2, "--num_return_sequences", 2)
     gpt2_beam.main(argv)
     output = nano.folder / "predictions.jsonl"
-    whole, search = output.read_bytes(), batches.beam_search
+    whole, search = output.read_bytes(), batches.complete
     for lives in range(1, 6):
         output.unlink(missing_ok=True)
-        monkeypatch.setattr(batches, "beam_search", ends_after(lives, search))
+        monkeypatch.setattr(batches, "complete", ends_after(lives, search))
         with pytest.raises(KeyboardInterrupt, match="the same command with --resume continues"):
             gpt2_beam.main(argv)
         kept = next(iter(kept_files(output)))
         kept.write_bytes(kept.read_bytes() + b"[5, [[[[1, 2")  # as a kill within a write leaves it
         assert not output.exists()
         # One search more would end it: what is kept is not searched again.
-        monkeypatch.setattr(batches, "beam_search", ends_after(6 - lives, search))
+        monkeypatch.setattr(batches, "complete", ends_after(6 - lives, search))
         gpt2_beam.main([*argv, "--resume"])
         assert output.read_bytes() == whole
         assert f"{2 * lives} of them kept from before" in capsys.readouterr().out
@@ -401,12 +403,12 @@ def test_a_resumed_decode_must_be_the_one_that_was_stopped(
 
     write_rows(tiny.folder / "test.jsonl", rows_with_repeats())
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(batches, "beam_search", stop)
+        context.setattr(batches, "complete", stop)
         gpt2_beam.main(beam_argv(tiny))
     other = tiny.folder / "other.jsonl"
     write_rows(other, rows_with_repeats(9, 3))
     for more, named in (
-        (("--beam", 2), "setting of the search"),
+        (("--beam", 2), "setting of the decoding"),
         (("--data", other), "--data, --seq_len or --batch_size"),
         (("--bf16",), "precision or device"),
     ):

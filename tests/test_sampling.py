@@ -6,13 +6,17 @@ from functools import cache
 
 import pytest
 import torch
+from conftest import ROOT, Tiny, finish, start, write_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_beam_search import constant_model, ragged_prompts, small_gpt2
+from test_gpt2_beam import beam_argv, read, rows_with_repeats
 from torch import Tensor
 
 import checkpoints
 import decoding
+import gpt2_beam
+from common.errors import InputError
 from data_utils import load_tokenizer
 from decoding import Hypothesis, SamplingSettings, SearchSettings, beam_search, sample
 from model import GPT2Config, GPT2LMModel
@@ -222,3 +226,63 @@ def test_generate_draws_with_do_sample_and_refuses_what_contradicts_it() -> None
     ]:
         with pytest.raises(ValueError, match=message):
             decoding.generate(model, tokenizer, texts, **more)
+
+
+def drawing_argv(tiny: Tiny, *more: object) -> list[str]:
+    argv = beam_argv(tiny, "--do_sample", "--seed", 3, *more)
+    at = argv.index("--beam")
+    return argv[:at] + argv[at + 2 :]
+
+
+def drawn_file(tiny: Tiny, *more: object) -> list[dict]:
+    """The predictions of the program's draws, for rows of which some have the same context."""
+    write_rows(tiny.folder / "test.jsonl", rows_with_repeats())
+    gpt2_beam.main(drawing_argv(tiny, *more))
+    return read(tiny.folder / "predictions.jsonl")
+
+
+def test_the_program_draws_by_the_seed_and_the_first_row_of_a_context(tiny: Tiny) -> None:
+    predictions = drawn_file(tiny, "--num_return_sequences", 2, "--top_k", 30)
+    contexts = [tuple(p["context"]) for p in predictions]
+    first = {context: contexts.index(context) for context in contexts}
+    model, _ = checkpoints.load(tiny.base, model_card=tiny.card)
+    chosen = SamplingSettings(top_k=30, seed=3, eval_len=8, end_ids=(5,))
+    prompts = [torch.tensor(context) for context in first]
+    found = sample(model, prompts, chosen, 16, 2, numbers=list(first.values()))
+    texts = dict(zip(first, tokens_of(found), strict=True))
+    assert len(texts) < len(predictions)
+    for p in predictions:
+        assert [best["prediction"] for best in p["n_best"]] == texts[tuple(p["context"])]
+        assert p["prediction"] == p["n_best"][0]["prediction"]
+
+
+def test_the_program_draws_the_same_whatever_batch_size_and_number_of_processes(
+    nano: Tiny,
+) -> None:
+    expected = [p["prediction"] for p in drawn_file(nano)]
+    for more in (("--batch_size", 1), ("--batch_size", 3), ("--random_seed", 3)):
+        assert [p["prediction"] for p in drawn_file(nano, *more)] == expected
+    assert [p["prediction"] for p in drawn_file(nano, "--seed", 4)] != expected
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = drawing_argv(nano, "--batch_size", 3)
+    code, _, err = finish(start([*torchrun, ROOT / "gpt2_beam.py", *argv]))
+    assert code == 0, err
+    assert [p["prediction"] for p in read(nano.folder / "predictions.jsonl")] == expected
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (("--do_sample", "--beam", 4), "--beam 4 is for beam search"),
+        (("--do_sample", "--search", "hf"), "--search hf is for beam search"),
+        (("--top_p", 0.9), "--top_p 0.9 is for drawing at random; give do_sample with it"),
+        (("--do_sample", "--temperature", 0), "--temperature 0 leaves nothing to draw"),
+        (("--do_sample", "--top_p", 2), "--top_p 2.0 must be"),
+        (("--do_sample", "--seed", -1), "--seed -1 must not be negative"),
+    ],
+)
+def test_flags_that_contradict_the_draw_are_refused_in_a_sentence(
+    flags: tuple, sentence: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{sentence}[^\n]*$"):
+        gpt2_beam.parse_args([str(flag) for flag in flags])

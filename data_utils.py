@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from common.batch import Batch
 from data.encoding import Row, Rows, read_rows, repeats_ngram
-from data.vocabulary import END_OF_TEXT, load_tokenizer, vocabulary_files
+from data.vocabulary import END_OF_TEXT, end_of_text_id, load_tokenizer, vocabulary_files
 
 __all__ = [
     "END_OF_TEXT",
@@ -49,7 +49,7 @@ def default_end_ids(tokenizer: Tokenizer | None, vocab_size: int = 0) -> list[in
     if tokenizer is None:
         return list(GPT2_END_IDS) if vocab_size == GPT2_VOCABULARY else []
     blank_line = tokenizer.encode("\n\n").ids
-    return [tokenizer.token_to_id(END_OF_TEXT), *(blank_line if len(blank_line) == 1 else [])]
+    return [end_of_text_id(tokenizer), *(blank_line if len(blank_line) == 1 else [])]
 
 
 class Item(TypedDict):

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Self, cast
+from typing import IO, Any, Self
 
 from common.errors import InputError
 
@@ -94,9 +94,9 @@ class TextFile:
         with ExitStack() as stack, self._naming_faults():
             self._raw = stack.enter_context(_Hashing(_open(Path(self.path))))
             packed = io.BufferedReader(self._raw, 2**16)
-            binary = packed
+            binary: Any = packed
             if packed.peek(2)[:2] == GZIP:
-                binary = cast(io.BufferedReader, gzip.GzipFile(fileobj=packed))
+                binary = gzip.GzipFile(fileobj=packed)
             head = binary.peek(64)
             for mark, kind, remedy in NOT_TEXT:
                 if head.startswith(mark):

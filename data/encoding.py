@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from common.errors import InputError
 from data.readers import DataFile, Record, Side
-from data.vocabulary import END_OF_TEXT, bytes_without_entry
+from data.vocabulary import bytes_without_entry, end_of_text_id
 
 BATCH_CHARACTERS = 2**17  # texts are encoded together, which is far faster, but takes memory
 
@@ -101,8 +101,14 @@ def read_rows(
         if also is not None:
             contexts += [record.context for record in records]
             others += [record.also for record in records]
-    parts = (np.concatenate(part) for part in (tokens, lengths, lines))
-    return Rows(source, *parts, contexts, others)
+    return Rows(
+        source,
+        np.concatenate(tokens),
+        np.concatenate(lengths),
+        np.concatenate(lines),
+        contexts,
+        others,
+    )
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -153,7 +159,7 @@ class _Encoder:
         texts = [side for side in sides if isinstance(side, str)]
         encoded: Iterator[list[int]] = iter(())
         if self.tokenizer is not None and texts:
-            end = self.tokenizer.token_to_id(END_OF_TEXT)
+            end = end_of_text_id(self.tokenizer)
             spaced = [text if text.startswith(space) else space + text for text in texts]
             encodings = self.tokenizer.encode_batch_fast(spaced)
             encoded = (encoding.ids + [end] for encoding in encodings)

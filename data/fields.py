@@ -1,6 +1,6 @@
 """Which columns of a data file are the two sides of a row: by their names, or by `--fields`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from common.errors import InputError
@@ -90,12 +90,12 @@ def recognise(names: Iterable[str], need_completion: bool = True) -> Fields:
         ValueError: says why it is not clear.
     """
     known = sides(names)
-    others = known.keys() - ({"source"} if "target" not in known else set())
+    others = set(known) - ({"source"} if "target" not in known else set())
     if OWN.columns <= known.keys():
         pairs = [OWN]
     else:
         if not need_completion:
-            others = others - COMPLETIONS
+            others -= COMPLETIONS
         pairs = [
             pair
             for pair in KNOWN
@@ -111,6 +111,50 @@ def recognise(names: Iterable[str], need_completion: bool = True) -> Fields:
         tuple(known.get(name, name) for name in pairs[0].context),
         completion and known.get(completion, completion),
     )
+
+
+class Columns:
+    """The columns of a data file, as its first line or each of its rows names them.
+
+    `names` are those named last, `fields` the sides among them, None until they are recognised.
+    """
+
+    def __init__(self, fields: Fields | None, need_completion: bool, also: Sequence[str]) -> None:
+        self.names: list[str] = []
+        self.fields = fields
+        self.need_completion = need_completion
+        self.also = also
+        self._sides: set[str] | None = None  # known names that rows may have; None for any
+
+    def of_row(self, names: Iterable[str]) -> Fields:
+        """The sides of a row, which must be those of the first row.
+
+        Raises:
+            ValueError: they are not clear, or a known name was not in the first row.
+        """
+        self.names = list(names)
+        if self.fields is None:
+            self.fields = recognise(self.names, self.need_completion)
+            if self.fields != OWN:
+                self._sides = {*sides(self.names), *sides(self.fields.columns), "source"}
+                self._sides |= set() if self.need_completion else COMPLETIONS
+        elif self._sides is not None and (new := sides(self.names).keys() - self._sides):
+            raise ValueError(f"{min(new)} is a column that the first row has not")
+        return self.fields
+
+    def of_header(self, names: Iterable[str]) -> Fields:
+        """The sides of all rows.
+
+        Raises:
+            ValueError: they are not clear, are not there, or two columns have one name.
+        """
+        fields = self.of_row(names)
+        needed = {fields.context[0], fields.completion if self.need_completion else None}
+        for name in fields.columns | set(self.also):
+            count = self.names.count(name)
+            if count > 1 or (count == 0 and name in needed):
+                raise ValueError(f"{count or 'no'} columns are named {name!r:.40}")
+        return fields
 
 
 def _unclear(known: dict[str, str], need_completion: bool) -> str:

@@ -14,14 +14,13 @@ from typing import Any
 from common.errors import InputError
 from common.json_text import JSONArray, JSONFault, parse_json
 from common.text_files import PANDAS, TextFile
-from data.fields import COMPLETIONS, OWN, parse_fields, recognise, sides
+from data.fields import Columns, parse_fields
 
 Side = str | list[int]
 Located = tuple[int, Any]  # the line that a row starts on, and the row
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 TABLES = {",": "CSV", ";": "CSV by semicolons", "\t": "TSV"}
 # What pandas and Excel write for a value that is missing or could not be computed.
 NO_VALUE = {"NaN", "nan", "<NA>", "#N/A", "#NAME?", "#REF!", "#VALUE!", "#DIV/0!"}
@@ -46,13 +45,13 @@ class Record:
 
 
 class DataFile:
-    """The rows of a data file, to be iterated over once; then `fields`, `form` and `sha256`, the
-    hash of the bytes that were read, are known.
+    """The rows of a data file, to be iterated over once; then `sha256`, the hash of the bytes that
+    were read, is known, and `str` says the form and the columns.
 
     Args:
         fields: what `--fields` says; None to recognise the columns by their names.
         need_completion: without it `completion` is None where it is absent or empty.
-        also: columns to read beside the two sides, where they are there.
+        also: columns to read with the two sides, where they are there.
 
     Raises:
         InputError: names file, line and column, and says what to do.
@@ -65,28 +64,28 @@ class DataFile:
         need_completion: bool = True,
         also: Sequence[str] = (),
     ) -> None:
-        self.path = path
-        self.fields = None if fields is None else parse_fields(fields)
-        if self.fields and need_completion and not self.fields.completion:
+        named = None if fields is None else parse_fields(fields)
+        if named and need_completion and not named.completion:
             raise InputError(f"--fields {fields} names no completion; give CONTEXT:COMPLETION")
-        self.need_completion = need_completion
-        self.also = also
+        self.path = path
         self.form = ""
         self.sha256 = ""
-        self._names: list[str] = []
-        self._sides: set[str] | None = None
+        self.columns = Columns(named, need_completion, also)
 
     def __iter__(self) -> Iterator[Record]:
         number = 0
         with TextFile(self.path) as text:
             for number, (line, row) in enumerate(self._rows(text), start=1):
-                yield self._record(line, number, row)
+                try:
+                    yield self._record(line, number, row)
+                except ValueError as error:
+                    raise self.error(line, number, str(error)) from error
             self.sha256 = text.sha256
         if not number:
             raise InputError(f"{self.path} holds no rows; {self._example}")
 
     def __str__(self) -> str:
-        return f"{self.form}, {self.fields}"
+        return f"{self.form}, {self.columns.fields}"
 
     @property
     def _is_table(self) -> bool:
@@ -99,12 +98,13 @@ class DataFile:
     def error(self, line: int, number: int, problem: str) -> InputError:
         """What is wrong with a row, which columns it has, and what it should look like."""
         place = f"line {line}" + (f", element {number}" if self.form == "JSON array" else "")
-        found = ", ".join(f"{name!r:.30}" for name in self._names[:6])
+        found = ", ".join(f"{name!r:.30}" for name in self.columns.names[:6])
         found = found and f"; columns found: {found}"
         return InputError(f"{self.path}, {place}: {problem}{found}; {self._example}")
 
+    # From the file to its rows by column, each with the line that it starts on.
+
     def _rows(self, text: TextFile) -> Iterator[Located]:
-        """The rows by column, with the lines that they start on."""
         suffix = next((s for s in reversed(Path(self.path).suffixes) if s != ".gz"), "").lower()
         start = text.head.lstrip()[:1]
         if suffix in TABLE_SUFFIXES or (start not in b"[{" and suffix not in JSON_SUFFIXES):
@@ -133,37 +133,20 @@ class DataFile:
             raise self.error(fault.line, number + 1, str(fault)) from fault
 
     def _objects(self, values: Iterable[Located]) -> Iterator[Located]:
-        """The values, which must be objects, and have no sides that the first one has not."""
+        """The values, which must be objects with the columns of the first one."""
+        names = None
         for number, (line, row) in enumerate(values, start=1):
             if not isinstance(row, dict):
-                self._names = []
+                self.columns.names = []
                 raise self.error(line, number, f"expected an object, found {row!r:.60}")
-            if number == 1 or row.keys() != set(self._names):
-                self._names = list(row)
+            if row.keys() != names:
+                names = row.keys()
                 try:
-                    self._check_names()
+                    self.columns.of_row(names)
                 except ValueError as error:
-                    problem = f"{error}; {PANDAS}" if _is_nested(row) else str(error)
+                    problem = _structure(row) or str(error)
                     raise self.error(line, number, problem) from error
             yield line, row
-
-    def _check_names(self) -> None:
-        """Recognise the columns of the first row, and refuse sides that only a later one has.
-
-        Raises:
-            ValueError: says what is not clear.
-        """
-        known = sides(self._names).keys() - {"source"}
-        if self.fields is None:
-            chat = {"messages", "conversations"} & set(self._names)
-            if chat and not known:
-                raise ValueError(f"{min(chat)} {CHAT}")
-            self.fields = recognise(self._names, self.need_completion)
-            if self.fields != OWN:
-                self._sides = known | sides(self.fields.columns).keys()
-                self._sides |= set() if self.need_completion else COMPLETIONS
-        elif self._sides is not None and not known <= self._sides:
-            raise ValueError(f"{min(known - self._sides)} is a column that the first row has not")
 
     def _table(self, text: TextFile, usual: str) -> Iterator[Located]:
         """The records of a file whose first one names the columns."""
@@ -173,8 +156,7 @@ class DataFile:
             head += line  # a name of several lines
         if not head:
             return
-        delimiter = self._read_header(text, head, usual)
-        records = csv.reader(lines, delimiter=delimiter, strict=True)
+        records = csv.reader(lines, delimiter=self._read_header(text, head, usual), strict=True)
         number = 0
         while True:
             start = text.line + 1
@@ -185,79 +167,59 @@ class DataFile:
             if cells is None:
                 return
             if not cells:
-                continue
+                continue  # a blank line
             number += 1
-            if len(cells) != len(self._names):
-                raise self.error(
-                    start,
-                    number,
-                    f"{len(cells)} cells under {len(self._names)} columns; a text with a "
-                    f"{DELIMITERS[delimiter]} or a quote in it stands in quotes",
+            names = self.columns.names
+            if len(cells) != len(names):
+                problem = (
+                    f"{len(cells)} cells under {len(names)} columns; a text with a delimiter or a "
+                    "quote in it stands in quotes"
                 )
-            yield start, dict(zip(self._names, cells, strict=True))
+                raise self.error(start, number, problem)
+            yield start, dict(zip(names, cells, strict=True))
 
     def _read_header(self, text: TextFile, head: str, usual: str) -> str:
         """Find the columns that the first line names; the delimiter is the one that shows them."""
-        problems = {}
-        for delimiter in dict.fromkeys((usual, *DELIMITERS)):
+        problems: dict[str, tuple[list[str], str]] = {}
+        for delimiter in dict.fromkeys((usual, *TABLES)):
+            self.columns.names = []
             reader = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter, strict=True)
             try:
-                self._names = next(reader, [])
-                self._check_header()
+                self.columns.of_header(next(reader))
             except (ValueError, csv.Error) as error:
-                problems[delimiter] = self._names, str(error)
+                problems[delimiter] = self.columns.names, str(error)
             else:
                 self.form = TABLES[delimiter]
                 return delimiter
         # The most telling complaint is that about the most columns.
-        self._names, problem = max(problems.values(), key=lambda found: len(found[0]))
-        raise self.error(max(text.line, 1), 0, problem)
+        self.columns.names, problem = max(problems.values(), key=lambda found: len(found[0]))
+        raise self.error(text.line, 0, problem)
 
-    def _check_header(self) -> None:
-        if self.fields is None:
-            self._check_names()
-        assert self.fields is not None
-        needed = {self.fields.context[0], self.fields.completion if self.need_completion else None}
-        for name in self.fields.columns | set(self.also):
-            count = self._names.count(name)
-            if count > 1 or (count == 0 and name in needed):
-                raise ValueError(f"{count or 'no'} columns are named {name!r:.40}")
+    # From a row by column to its sides. A ValueError says what is wrong with a cell.
 
     def _record(self, line: int, number: int, row: Mapping[str, Any]) -> Record:
-        """The row's sides.
-
-        Raises:
-            InputError: one is absent, or is no side.
-        """
-        try:
-            context, completion = self._context(row), self._completion(row)
-        except ValueError as error:
-            raise self.error(line, number, str(error)) from error
-        also = {name: row[name] for name in self.also if name in row}
-        return Record(line, number, context, completion, also)
-
-    def _context(self, row: Mapping[str, Any]) -> Side:
-        assert self.fields is not None
-        first, *rest = self.fields.context
+        fields = self.columns.fields
+        assert fields is not None
+        first, *rest = fields.context
         parts = [self._side(row, first)]
         parts += [self._side(row, name) for name in rest if not self._absence(row.get(name))]
-        if len(parts) == 1:
-            return parts[0]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) < len(parts):
-            raise ValueError(f"{' + '.join(self.fields.context)} must all be text to be joined")
-        return "\n".join(texts)
-
-    def _completion(self, row: Mapping[str, Any]) -> Side | None:
-        name = self.fields and self.fields.completion
-        if name is None or (not self.need_completion and self._absence(row.get(name))):
-            return None
-        return self._side(row, name)
+        context: Side = parts[0]
+        if len(parts) > 1:
+            texts = [part for part in parts if isinstance(part, str)]
+            if len(texts) < len(parts):
+                raise ValueError(f"{' + '.join(fields.context)} must all be text to be joined")
+            context = "\n".join(texts)
+        completion = None
+        if fields.completion is not None and (
+            self.columns.need_completion or not self._absence(row.get(fields.completion))
+        ):
+            completion = self._side(row, fields.completion)
+        also = {name: row[name] for name in self.columns.also if name in row}
+        return Record(line, number, context, completion, also)
 
     def _side(self, row: Mapping[str, Any], name: str) -> Side:
-        value = row.get(name)
-        problem = self._absence(value) or _fault(value)
-        if problem:
+        value: Any = row.get(name)
+        if problem := self._absence(value) or _fault(value):
             raise ValueError(f"{name if name.isidentifier() else repr(name)[:40]} {problem}")
         return value
 
@@ -282,18 +244,21 @@ def _fault(value: object) -> str:
         return "" if value.isascii() or _is_utf8(value) else "holds a lone surrogate, not text"
     if isinstance(value, list):
         return CHAT if any(isinstance(part, dict) for part in value) else ""
-    hint = (
-        "; a number that is meant as text stands in quotes" if type(value) in (int, float) else ""
-    )
-    if isinstance(value, dict):
-        hint = f"; {PANDAS}"
+    hint = f"; {PANDAS}" if isinstance(value, dict) else ""
+    if type(value) in (int, float):
+        hint = "; a number that is meant as text stands in quotes"
     return f"must be text or a list of token ids, not {value!r:.40}{hint}"
 
 
-def _is_nested(row: Mapping[str, Any]) -> bool:
-    """Whether an object looks like a whole table, by rows or by columns."""
+def _structure(row: Mapping[str, Any]) -> str:
+    """What an object is that is no row: a chat, a whole table; the empty string for neither."""
+    for name in ("messages", "conversations"):
+        if name in row:
+            return f"{name} {CHAT}"
     values = [v[:1] if isinstance(v, list) else [v] for v in row.values()]
-    return any(isinstance(part, dict | list) for value in values for part in value)
+    if any(isinstance(part, dict | list) for value in values for part in value):
+        return f"the object is no row but looks like a whole table; {PANDAS}"
+    return ""
 
 
 def _is_utf8(text: str) -> bool:

@@ -30,7 +30,7 @@ class BPEFiles:
 
     path: Path
     entries: dict[str, int]
-    merges: list[tuple[str, str]]
+    merges: list[list[str]]
     added: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class BPEFiles:
         if END_OF_TEXT not in {*entries, *(token["content"] for token in self.added)}:
             raise InputError(f"{path} has no entry {END_OF_TEXT}, which ends every text")
         for number, merge in enumerate(self.merges, start=1):
-            if len(merge) != 2 or not all(isinstance(part, str) for part in merge):
+            if not isinstance(merge, list) or [type(part) for part in merge] != [str, str]:
                 raise InputError(f"{path}: merge {number} is not of two parts: {merge!r:.60}")
 
 
@@ -57,13 +57,21 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """A byte-level BPE tokenizer as GPT-2's, from the files in `folder`."""
     files = read_vocabulary(folder)
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=files.entries, merges=files.merges))
+        merges = [(left, right) for left, right in files.merges]
+        tokenizer = Tokenizer(models.BPE(vocab=files.entries, merges=merges))
         tokenizer.add_tokens([AddedToken(**token) for token in files.added])
     except Exception as error:  # the library raises bare Exception for every fault of the merges
         raise InputError(f"{files.path} and its merges are no BPE vocabulary: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends every text."""
+    number = tokenizer.token_to_id(END_OF_TEXT)
+    assert number is not None, f"a tokenizer without {END_OF_TEXT} is refused in reading"
+    return number
 
 
 def bytes_without_entry(tokenizer: Tokenizer) -> set[int]:
@@ -97,7 +105,7 @@ def read_vocabulary(folder: str | Path) -> BPEFiles:
     with TextFile(merges[0]) as text:
         lines = [line.rstrip("\r\n") for line in text.lines()]
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return BPEFiles(path, _read_json(path), [tuple(pair) for pair in pairs])
+    return BPEFiles(path, _read_json(path), pairs)
 
 
 def _read_tokenizer_json(path: Path) -> BPEFiles:
@@ -112,7 +120,7 @@ def _read_tokenizer_json(path: Path) -> BPEFiles:
             and (steps["type"], steps["add_prefix_space"]) == ("ByteLevel", False)
             and steps.get("use_regex", True)
         )
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         added = [t for t in described["added_tokens"] if t["content"] not in model["vocab"]]
         added.sort(key=lambda token: token["id"])
         first = len(model["vocab"])

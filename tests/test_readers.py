@@ -115,9 +115,10 @@ def test_every_known_pair_is_recognised_whatever_its_case_and_said(
     for columns in (names, [n.title() for n in names], [n.upper() + " " for n in names]):
         data = DataFile(written(tmp_path, name, dumped(columns)))
         assert [(r.context, r.completion) for r in data] == [("a", "b")]
-        assert data.fields.context[0] == columns[0] and data.fields.completion == columns[1]
+        found = data.columns.fields
+        assert found.context[0] == columns[0] and found.completion == columns[1]
         form = "CSV" if name == "a.csv" else "JSONL"
-        assert str(data) == f"{form}, {' + '.join(data.fields.context)} -> {columns[1]}"
+        assert str(data) == f"{form}, {' + '.join(found.context)} -> {columns[1]}"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ BAD = {
     "two keys": ("a.jsonl", '{"prompt": "a", "prompt": "b", "completion": "c"}',
                  "line 1: not JSON (the key 'prompt' stands twice in one object)"),
     "ragged": ("a.csv", "prompt,completion\na,b\nc,d, e\n", "line 3: 3 cells under 2 columns; a "
-               "text with a comma or a quote in it stands in quotes"),
+               "text with a delimiter or a quote in it stands in quotes"),
     "short": ("a.tsv", "prompt\tcompletion\na\n", "line 2: 1 cells under 2 columns"),
     "open quote": ("a.csv", 'prompt,completion\na,b\n"c,d\ne,f\n', "line 3: unexpected end"),
     "quote inside": ("a.csv", 'prompt,completion\n"a" b,c\n', "line 2: ',' expected after '\"'"),
@@ -254,7 +255,7 @@ BAD = {
     "pandas by columns": ("a.json", '{"prompt":{"0":"a"},"completion":{"0":"b"}}',
                           'not {\'0\': \'a\'}; write it as JSONL, in pandas by to_json('),
     "pandas split": ("a.json", '{"columns":["prompt"],"index":[0],"data":[["a"]]}',
-                     "write it as JSONL, in pandas by to_json("),
+                     "is no row but looks like a whole table; write it as JSONL, in pandas by to"),
     "pandas values": ("a.json", '[["a","b"]]', "line 1, element 1: expected an object"),
     "after the array": ("a.json", "[]\n{}", "line 2, element 1: not JSON (text after the end"),
     "no comma": ("a.json", '[{"prompt":"a","completion":"b"}\n{}]', "line 2, element 2: not JSON"),
@@ -462,7 +463,7 @@ def test_a_damaged_file_gives_good_rows_or_one_sentence_with_its_name(tmp_path: 
         good += 1
         assert rows and data.sha256 == hashlib.sha256(content).hexdigest()
         for row in rows:
-            assert row.context and (row.completion or not data.need_completion)
+            assert row.context and (row.completion or not data.columns.need_completion)
             for side in (row.context, row.completion):
                 assert side is None or isinstance(side, list) or side.encode("utf-8").strip()
     print(f"{refused + good} damaged data files, {refused} refused, {good} read, 0 crashes")

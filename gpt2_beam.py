@@ -37,6 +37,7 @@ from common.errors import InputError, Parser
 from common.errors import run as run_program
 from common.files import check_output
 from common.process_group import naming_lost_ranks
+from common.text_files import check_shareable
 from data.fields import add_fields_flag
 from data_utils import Rows, default_end_ids, load_tokenizer, read_rows, repeats_ngram
 from decoding import SearchSettings
@@ -172,6 +173,7 @@ def read_job(args: argparse.Namespace, runtime: Runtime, sources: Sources) -> Jo
         given_settings(args), end_ids=choose_end_ids(args, runtime, tokenizer, base.vocab_size)
     )
     also = ["task"] if len(adapters) > 1 else []
+    check_shareable(sources.data, runtime.world_size)
     rows = read_rows(sources.data, tokenizer, base.vocab_size, False, args.fields, also)
     if runtime.rank == 0:
         print(f"{sources.data}: {len(rows):,} rows ({rows.source})")

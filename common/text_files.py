@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import os
+import stat
 import threading
 import time
 import zlib
@@ -159,6 +160,19 @@ class TextFile:
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{self.path} cannot be read: {reason}") from error
+
+
+def check_shareable(path: str | Path, processes: int) -> None:
+    """Refuse a pipe for several processes, which would each get some of its bytes."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # reading it will say what is wrong
+    if processes > 1 and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(
+            f"{path} is a pipe, of which {processes} processes would each get a part; write it to "
+            "a file first"
+        )
 
 
 def _open(path: Path) -> IO[bytes]:

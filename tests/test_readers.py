@@ -348,6 +348,15 @@ def test_a_fifo_to_which_nobody_writes_is_refused_after_a_while(
         read(path)
 
 
+def test_a_pipe_is_refused_for_several_processes_before_it_is_opened(tmp_path: Path) -> None:
+    pipe = fifo(tmp_path, None)
+    with pytest.raises(InputError, match="fifo is a pipe, of which 2 processes would each get"):
+        text_files.check_shareable(pipe, 2)
+    text_files.check_shareable(pipe, 1)
+    for path in (tmp_path, tmp_path / "absent", written(tmp_path, "a", ""), "x" * 300):
+        text_files.check_shareable(path, 2)
+
+
 TEXT = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and text not in NO_VALUE)
 TABLES = st.lists(st.tuples(TEXT, TEXT, st.text(max_size=5)), min_size=1, max_size=6)
 

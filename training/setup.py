@@ -16,6 +16,7 @@ import gpu
 import loralib as lora
 from checkpoints import AdapterHeader, Base, BaseWeights, Vocabulary
 from common.errors import InputError
+from common.text_files import check_shareable
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer, vocabulary_fingerprint
 from gpu import Runtime
 from model import GPT2Config, GPT2LMModel
@@ -199,6 +200,7 @@ def load_data(
     """Return training and validation rows; says how many were too long for the window."""
 
     def load(path: str) -> FT_Dataset:
+        check_shareable(path, runtime.world_size)
         data = FT_Dataset(
             path,
             args.seq_len,

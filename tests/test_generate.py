@@ -49,6 +49,21 @@ def test_the_lines_of_both_readmes_run_and_are_at_most_six(
     assert len(text) > 10 and step == "3"
 
 
+def test_the_blocks_of_the_python_page_run_in_their_order(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block.replace("runs/001", str(run)), names)
+    assert names["loss"].item() < 10 and 0 < names["scores"]["BLEU"] <= 1
+    assert names["errors"][0].wrong == 1
+    model, _ = checkpoints.load(NANO, "adapter.pt", lora_alpha=32)
+    assert model.config.lora.targets == ("q", "v")
+
+
 def test_generate_gives_what_the_decoding_program_writes(run: Path, tmp_path: Path) -> None:
     rows = "".join(json.dumps({"context": text}) + "\n" for text in CONTEXTS)
     (tmp_path / "data.jsonl").write_text(rows, encoding="utf-8")

@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seq_len", type=int, default=512, help="longest sequence (default: %(default)s)")
     add("--obj", choices=("clm", "jlm"), default="clm", help="loss on completions, or on all")
     add = parser.add_argument_group("model").add_argument
-    add("--model_card", default="gpt2.md", help=f"{', '.join(MODEL_CARDS)} (default: %(default)s)")
+    add("--model_card", help=f"{', '.join(MODEL_CARDS)} (default: the base's)")
     add(
         "--init_checkpoint",
         help="base weights: file, folder or gpt2[-medium, -large, -xl]; none for random ones",

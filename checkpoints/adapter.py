@@ -21,9 +21,8 @@ from checkpoints import peft as peft_adapter
 from checkpoints.base import (
     BaseWeights,
     canonical_names,
-    card_of,
+    check_base,
     fingerprint,
-    load_base,
     model_config,
     read_base,
     read_safetensors,
@@ -217,12 +216,19 @@ def assemble(
                 f"--init_checkpoint {base.source} is not the base that the adapter was trained on "
                 f"({header.base.name}); give that one, or --allow_other_base"
             )
-    card = (header and header.model_card) or model_card or card_of(base.tensors)
-    model = GPT2LMModel(model_config(card, base, lora=settings))
-    load_base(model, base)
-    if header is not None and header.model_card is None:
+    config = model_config((header and header.model_card) or model_card, base, lora=settings)
+    from_peft = header is not None and header.model_card is None  # it may leave layers out
+    whole = header is None and not tensors  # a file of the original with base and adapter
+    # Without memory at first: shapes are compared before anything is allocated.
+    with torch.device("meta"):
+        model = GPT2LMModel(config)
+    check_base(model, base)
+    check_trained(model, tensors, source, complete=not (from_peft or whole))
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(base.tensors, strict=False)
+    if from_peft:
         tensors = peft_adapter.fill_blocks(tensors, model)
-    apply_trained(model, tensors, source)
+    model.load_state_dict(tensors, strict=False)
     return model.eval()
 
 
@@ -295,10 +301,18 @@ def _settings_from_tensors(
     if lora_alpha is None:
         raise InputError("these files do not say which alpha the adapter has; give --lora_alpha")
     name, b = next(iter(pairs.items()))
-    rank, rows = b.size(-1), len(state.get(name.removesuffix("B") + "A", ()))
-    targets = {1: ("c_attn",), 2: ("q", "v"), 3: ("q", "k", "v")}.get(rows // rank)
+    a = state.get(name.removesuffix("B") + "A")
+    targets = None
+    if a is not None and a.dim() == b.dim() == 2 and 0 not in (*a.shape, *b.shape):
+        rank = b.size(1)
+        parts, rest = divmod(len(a), rank)
+        targets = {1: ("c_attn",), 2: ("q", "v"), 3: ("q", "k", "v")}.get(parts if not rest else 0)
     if targets is None:
-        raise InputError(f"tensor {name} of shape {list(b.shape)} does not go with its lora_A")
+        shape = "absent" if a is None else list(a.shape)
+        raise InputError(
+            f"tensor {name} of shape {list(b.shape)} and its lora_A, {shape}, are no adapter of q "
+            "and v, of q, k and v, or of c_attn"
+        )
     if lora_dim not in (None, rank):
         raise InputError(f"--lora_dim {lora_dim} contradicts the adapter's rank {rank}")
     try:
@@ -308,11 +322,16 @@ def _settings_from_tensors(
 
 
 def apply_trained(model: GPT2LMModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Put an adapter file's tensors into a model; each must be known and fit.
+    """Put an adapter file's tensors into a model; each must be known and fit."""
+    check_trained(model, tensors, path)
+    model.load_state_dict(tensors, strict=False)
 
-    Raises:
-        InputError: names the file and the tensor; also where some adapter tensors are missing.
-    """
+
+def check_trained(
+    model: GPT2LMModel, tensors: Mapping[str, Tensor], path: str | Path, complete: bool = True
+) -> None:
+    """Raise InputError, with file and tensor, unless the model has each tensor in its shape and,
+    where they must be `complete`, no adapter tensor beside them."""
     own = model.state_dict()
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
@@ -321,10 +340,11 @@ def apply_trained(model: GPT2LMModel, tensors: Mapping[str, Tensor], path: str |
                 f"--adapter {path}: tensor {name} of shape {list(tensor.shape)} does not fit the "
                 f"model, which has {expected}"
             )
+        if not tensor.is_floating_point():
+            raise InputError(f"--adapter {path}: tensor {name} holds {tensor.dtype}, not weights")
     missing = [name for name in own if "lora_" in name and name not in tensors]
-    if tensors and missing:
+    if complete and missing:
         raise InputError(f"--adapter {path} lacks {len(missing)} tensors, first {missing[0]}")
-    model.load_state_dict(tensors, strict=False)
 
 
 def merge(model: GPT2LMModel) -> GPT2LMModel:

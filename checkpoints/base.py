@@ -4,10 +4,12 @@ Nothing is unpickled.
 """
 
 import hashlib
+import json
 import pickle
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import hub
+from checkpoints.config import read_config, sizes_of
 from common.errors import InputError
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 
 BASE_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
+RANDOM_CARD = "gpt2.md"
+MOST_PADDING = 128  # rows that an embedding may have beyond its vocabulary
 OLD_SUFFIXES = {".g": ".weight", ".b": ".bias", ".w": ".weight"}
 
 
@@ -52,18 +55,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return read_safetensors(path)[1]
     state = read_pickle(path)
     state = state.get("model_state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
+    ):
         raise InputError(f"{path} is not a file of named tensors")
     return dict(state)
 
 
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    name, tensor = item
-    plain = torch.is_tensor(tensor) and tensor.layout is torch.strided and not tensor.is_meta
-    return isinstance(name, str) and plain
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a `.safetensors` file."""
+    _check_readable(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -72,18 +73,65 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def read_pickle(path: Path) -> object:
+    """What `torch.save` wrote: tensors and plain values, of no more bytes than the file has."""
+    _check_readable(path)
     try:
+        _refuse_bomb(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about files that are damaged
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors and plain values, or is damaged; it was refused and "
             "nothing in it was run"
         ) from error
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle fails in any way there is
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(f"{path} is damaged: {reason}") from error
+    for tensor in _tensors_in(content):
+        if tensor.layout is not torch.strided or tensor.is_meta or _larger_than_stored(tensor):
+            raise InputError(f"{path} holds a tensor {list(tensor.shape)} without all its values")
+    return content
+
+
+def _check_readable(path: Path) -> None:
+    """Raise InputError for a file that may not be read, which is not damaged."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise InputError for an archive that unpacks to more than it is: torch packs nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size:
+            raise InputError(f"{path} unpacks to {size:,} bytes, more than it has; it was refused")
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested containers; what they share is visited once."""
+    seen, pending = set(), [value]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if torch.is_tensor(item):
+            yield item
+        elif isinstance(item, Mapping):
+            pending += item.values()
+        elif isinstance(item, list | tuple | set):
+            pending += item
+
+
+def _larger_than_stored(tensor: Tensor) -> bool:
+    """Whether elements share their memory, as in a tensor that was expanded."""
+    return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
 
 
 def canonical_name(name: str) -> str:
@@ -133,20 +181,30 @@ def _as_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
             old = [f"{attention}{part}_proj_adapter{number}.weight" for part in "qv"]
             if missing := [key for key in old if key not in state]:
                 raise InputError(f"the adapter lacks tensor {missing[0]}")
-            state[f"{attention}c_attn.{new}"] = torch.cat([state.pop(key) for key in old])
+            q, v = (state.pop(key) for key in old)
+            if q.dim() not in (2, 3) or q.shape != v.shape:
+                raise InputError(
+                    f"tensors {old[0]} {list(q.shape)} and {old[1]} {list(v.shape)} must be "
+                    "matrices of one shape"
+                )
+            state[f"{attention}c_attn.{new}"] = torch.cat((q, v))
     for name, tensor in state.items():
         if name.endswith(".lora_B") and tensor.dim() == 3 and tensor.size(2) == 1:
             state[name] = tensor.squeeze(2)
     return state
 
 
-def base_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 over canonical names, shapes and fp32 values of the base, adapter tensors left out.
+def base_fingerprint(state: Mapping[str, Tensor], unusual: Mapping[str, Any] | None = None) -> str:
+    """sha256 over canonical names, shapes and fp32 values of the base, adapter tensors left out,
+    and over what is `unusual` in its shape, such as another number of heads than the card's.
 
     Equal weights agree whatever file format, names or precision hold them.
     """
     tensors = canonical_names(state).items()
-    return fingerprint({name: tensor for name, tensor in tensors if "lora_" not in name})
+    weights = fingerprint({name: tensor for name, tensor in tensors if "lora_" not in name})
+    if not unusual:
+        return weights
+    return hashlib.sha256((weights + json.dumps(unusual, sort_keys=True)).encode()).hexdigest()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -160,10 +218,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """A base checkpoint as it was read: canonical names, and the file or name that it came from."""
+    """A base checkpoint as it was read: canonical names, the file or name that it came from, and
+    what its config.json says of the model beyond the shapes of the tensors."""
 
     source: str
     tensors: dict[str, Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -171,42 +231,75 @@ class BaseWeights:
 
     @property
     def vocab_size(self) -> int:
-        return self._rows("wte")
+        return self._table("wte").size(0)
 
     @property
     def n_positions(self) -> int:
-        return self._rows("wpe")
+        return self._table("wpe").size(0)
 
     @cached_property
     def fingerprint(self) -> str:
-        """`base_fingerprint` of the tensors, computed once."""
-        return base_fingerprint(self.tensors)
+        """`base_fingerprint` of the tensors and of what the card has otherwise, computed once."""
+        return base_fingerprint(self.tensors, self.unusual)
+
+    @cached_property
+    def unusual(self) -> dict[str, Any]:
+        """What the config sets in another way than the card of these weights."""
+        usual = vars(GPT2Config()) | MODEL_CARDS[card_of(self.tensors)] if self.config else {}
+        return {name: value for name, value in self.config.items() if value != usual[name]}
+
+    def card(self, given: str | None = None) -> str:
+        """Return the model card of these weights, which the `given` one, if any, must be.
+
+        Raises:
+            InputError: it is another, or no card fits and none is given.
+        """
+        try:
+            own = card_of(self.tensors)
+        except InputError:
+            if given is None:
+                raise
+            return given
+        if given not in (None, own) and given in MODEL_CARDS:
+            raise InputError(
+                f"--model_card {given} contradicts --init_checkpoint {self.source}: these weights "
+                f"are {own}'s; leave --model_card out"
+            )
+        return given or own
 
     def check_vocabulary(self, tokenizer: Tokenizer, folder: str) -> None:
-        """Raise InputError unless the vocabulary in `folder` has an entry for each embedding."""
-        size = tokenizer.get_vocab_size()
-        if size != self.vocab_size:
+        """Raise InputError unless the vocabulary in `folder` is one for these embeddings, which may
+        have some rows more: tokens that were added, or padding."""
+        size, rows = tokenizer.get_vocab_size(), self.vocab_size
+        if not 0 <= rows - size < MOST_PADDING:
             raise InputError(
-                f"--vocab {folder} has {size} entries but --init_checkpoint {self.source} "
-                f"{self.vocab_size}; give the vocabulary of that base"
+                f"--vocab {folder} has {size} entries but --init_checkpoint {self.source} {rows}; "
+                "give the vocabulary of that base"
             )
 
-    def _rows(self, table: str) -> int:
-        name = f"transformer.{table}.weight"
-        tensor = self.tensors.get(name)
-        if tensor is None or tensor.dim() != 2:
-            fault = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+    def _table(self, name: str) -> Tensor:
+        name = f"transformer.{name}.weight"
+        table = self.tensors.get(name)
+        if table is None or table.dim() != 2 or 0 in table.shape:
+            fault = "is missing" if table is None else f"has shape {list(table.shape)}"
             raise InputError(
                 f"--init_checkpoint {self.source}: tensor {name} {fault}; it must be a table with "
                 "a row for each entry"
             )
-        return tensor.size(0)
+        return table
 
 
 def read_base(path: str | Path) -> BaseWeights:
     """Read a base checkpoint: a file, a model folder, or a published name."""
     try:
-        state = canonical_names(read_tensors(path))
+        found = hub.find(path)
+        tensors = read_tensors(found)
+        state = canonical_names(tensors)
+        folder = found if found.is_dir() else found.parent
+        config = {}
+        if (found.is_dir() or found.name in BASE_FILES) and (folder / "config.json").is_file():
+            has_head = any(name.endswith("lm_head.weight") for name in tensors)
+            config = read_config(folder / "config.json", state, has_head)
     except InputError as error:
         raise InputError(f"--init_checkpoint {path}: {error}") from error
     if state and all("lora_" in name for name in state):
@@ -214,21 +307,22 @@ def read_base(path: str | Path) -> BaseWeights:
             f"--init_checkpoint {path} holds an adapter without its base; give the base by "
             "--init_checkpoint and this file by --adapter"
         )
-    return BaseWeights(str(path), state)
+    return BaseWeights(str(path), state, config)
 
 
-def model_config(card: str, base: BaseWeights | None, **settings: Any) -> GPT2Config:
-    """The shape that `--model_card` names, with vocabulary and positions of the base.
+def model_config(card: str | None, base: BaseWeights | None, **settings: Any) -> GPT2Config:
+    """Return the shape of a base, or of a card where the weights are random.
 
     Args:
-        base: None for random weights of the card's own sizes.
+        card: what `--model_card` names; None for the card of the base, or gpt2.md without one.
+        base: None for random weights.
         settings: fields of `GPT2Config` that rule over both.
     """
-    if card not in MODEL_CARDS:
+    if card is not None and card not in MODEL_CARDS:
         raise InputError(f"--model_card {card} is unknown; give one of {', '.join(MODEL_CARDS)}")
-    shape: dict[str, Any] = dict(MODEL_CARDS[card])
+    shape: dict[str, Any] = dict(MODEL_CARDS[base.card(card) if base else card or RANDOM_CARD])
     if base is not None:
-        shape |= {"vocab_size": base.vocab_size, "n_positions": base.n_positions}
+        shape |= {"vocab_size": base.vocab_size, "n_positions": base.n_positions, **base.config}
     try:
         return GPT2Config(**shape | settings)
     except ValueError as error:
@@ -236,23 +330,32 @@ def model_config(card: str, base: BaseWeights | None, **settings: Any) -> GPT2Co
 
 
 def card_of(state: Mapping[str, Tensor]) -> str:
-    """The card whose depth and width a base of canonical names has.
+    """Return the card whose depth and width a base of canonical names has.
 
     Raises:
         InputError: no card fits.
     """
-    depth = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
-    widths = [t.size(-1) for name, t in state.items() if name == "transformer.wte.weight"]
+    sizes = sizes_of(state)
+    depth, width = sizes["n_layer"], sizes.get("n_embd")
     for card, shape in MODEL_CARDS.items():
-        if [shape["n_layer"], shape["n_embd"]] == [depth, *widths]:
+        if (shape["n_layer"], shape["n_embd"]) == (depth, width):
             return card
-    raise InputError(f"no model card has {depth} blocks and width {widths}; give --model_card")
+    raise InputError(
+        f"no model card has {depth} blocks and width {width}; the cards are "
+        f"{', '.join(MODEL_CARDS)}"
+    )
 
 
 def load_base(model: GPT2LMModel, base: BaseWeights) -> None:
-    """Copy what `read_base` gave into a model; errors name the file."""
+    """Copy a base into a model; errors name its file."""
+    check_base(model, base)
+    model.load_state_dict(base.tensors, strict=False)
+
+
+def check_base(model: GPT2LMModel, base: BaseWeights) -> None:
+    """As `check_weights`; errors name the file."""
     try:
-        load_weights(model, base.tensors)
+        check_weights(model, base.tensors)
     except InputError as error:
         raise InputError(f"--init_checkpoint {base.source}: {error}") from error
 

@@ -131,9 +131,11 @@ def _tensors(
 
 def fill_blocks(tensors: dict[str, Tensor], model: GPT2LMModel) -> dict[str, Tensor]:
     """The tensors, with pairs that add nothing for blocks that a PEFT adapter leaves as they are;
-    `model` has its base loaded."""
-    lora.start_from_base(model)
+    `model` has its base loaded, and anything for an adapter."""
     own = lora.lora_state_dict(model)
+    for tensor in own.values():
+        tensor.zero_()
+    lora.start_from_base(model)
     left_out = {name: t for name, t in own.items() if name not in tensors}
     if left_out:
         layers = {name.rpartition(".")[0] for name in left_out}

@@ -200,7 +200,7 @@ def stop_training(*_: object) -> None:
         (["--init_checkpoint", "."], "holds neither model.safetensors"),
         (["--vocab", "absent"], "absent holds neither vocab.json"),
         (["--model_card", "gpt2.huge"], "gpt2.huge is unknown; give one of gpt2.nano"),
-        (["--model_card", "gpt2.nano"], "missing tensors"),
+        (["--model_card", "gpt2.nano"], "contradicts.*these weights are gpt2.tiny's"),
         (["--seq_len", "33"], "--seq_len 33 is above the model's 32"),
         (["--lora_dim", "17"], "--lora_dim 17 is above the model's width 16"),
         (["--warmup_step", "12"], "--warmup_step 12 .*below the 12 steps"),

@@ -77,7 +77,9 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: d
     model = build_model(args, base, tokenizer)
     train, valid = load_data(args, runtime, tokenizer, model.config)
     plan = plan_steps(args, runtime, len(train), state)
-    header = describe_adapter(args, plan, model, tokenizer, train.rows.source.sha256)
+    fingerprint = base.fingerprint if base else checkpoints.base_fingerprint(model.state_dict())
+    data = train.rows.source.sha256
+    header = describe_adapter(args, plan, model, tokenizer, fingerprint, data)
     if state is not None and not args.resume_anyway:
         check_settings(state, header)
     model.transformer.gradient_checkpointing = args.gradient_checkpointing
@@ -270,7 +272,11 @@ def resolved_flags(
         "device": str(runtime.device),
         "work_dir": str(work_dir),
     }
-    return vars(args) | asdict(plan) | place | {"trained_parameters": trained_parameters(model)}
+    own = {
+        "model_card": checkpoints.card_of(model.state_dict()),
+        "trained_parameters": trained_parameters(model),
+    }
+    return vars(args) | asdict(plan) | place | own
 
 
 def trained_parameters(model: nn.Module) -> int:
@@ -283,23 +289,24 @@ def describe_adapter(
     plan: Plan,
     model: GPT2LMModel,
     tokenizer: Tokenizer | None,
+    fingerprint: str,
     train_data: str,
 ) -> AdapterHeader:
     """Return the header of the run's adapter files, all but the step: what decides them.
 
-    `train_data` is the sha256 of the bytes that the training rows were read from.
+    `fingerprint` is the base's, `train_data` the sha256 of the bytes that the training rows were
+    read from.
     """
     resolved = vars(args) | asdict(plan)
     vocabulary = tokenizer and Vocabulary(
         tokenizer.get_vocab_size(), vocabulary_fingerprint(tokenizer)
     )
-    base = checkpoints.base_fingerprint(model.state_dict())
     columns = {"fields": args.fields} if args.fields else {}
     return AdapterHeader(
         lora=model.config.lora,
-        base=Base(Path(args.init_checkpoint).name, base),
+        base=Base(Path(args.init_checkpoint).name, fingerprint),
         method=method_of(args),
-        model_card=args.model_card,
+        model_card=checkpoints.card_of(model.state_dict()),
         vocabulary=vocabulary,
         seed=args.random_seed,
         train_data=train_data,
@@ -322,8 +329,9 @@ def print_sizes(
 ) -> None:
     """Print what is trained and for how long."""
     total = sum(p.numel() for p in model.parameters())
+    card = checkpoints.card_of(gpu.unwrap(model).state_dict())
     print(
-        f"{args.model_card}: {trained_parameters(model):,} trainable parameters of {total:,}, "
+        f"{card}: {trained_parameters(model):,} trainable parameters of {total:,}, "
         f"{runtime.precision} on {runtime.device}, {runtime.world_size} process(es); {rows:,} "
         f"rows in steps of {plan.global_batch}, {plan.steps_per_epoch:,} steps an epoch, "
         f"{plan.max_step:,} in all; into {work_dir or 'the next runs/NNN'}"

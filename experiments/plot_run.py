@@ -43,7 +43,7 @@ def draw_curves(axes: list["Axes"], color: str, name: str, folder: Path) -> None
             points = [pair for pair in pairs if all(isinstance(n, int | float) for n in pair)]
             if points:
                 own.plot(*zip(*points, strict=True), style, label=label, color=color)
-        own.set(xlabel="step", ylabel=CURVES[field])
+        own.set(title=CURVES[field].split(",")[0], xlabel="step", ylabel=CURVES[field])
         own.grid(alpha=0.3)
     axes[1].set_yscale("log")
 
@@ -61,7 +61,7 @@ def draw_scores(axes: "Axes", scores: list[Scores]) -> None:
                 axes.bar(place, height, width, color=f"C{i}")
     labels = [f"{m}/10" if m in ("NIST", "CIDEr") else m for m in metrics]
     axes.set_xticks([m + 0.4 - width / 2 for m in range(len(metrics))], labels, fontsize=8)
-    axes.set_ylabel("score")
+    axes.set(title="Scores", ylabel="score")
     axes.grid(alpha=0.3, axis="y")
 
 

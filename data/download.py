@@ -3,7 +3,8 @@
 Looks first into the local mirror `$DATA_DIR/GROUP/FILE` (or FILE.gz), then at `$MIRROR/GROUP/FILE`
 (a folder or a web address), then at the public addresses (`$HF_ENDPOINT` stands in for
 https://huggingface.co). A broken transfer is taken up where it stopped; a file appears under its
-name only when its checksum is right, and one that is there already is only checked.
+name only when its checksum is right, and one that is there already is only checked. No file may be
+larger than downloads.json says, or take longer than a minute and a second for every 20 kB.
 """
 
 import argparse
@@ -12,24 +13,48 @@ import hashlib
 import http.client
 import json
 import os
-import shutil
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from common.errors import InputError, run
+from common.errors import InputError, Parser, run
+from common.files import sync_folder
 
 MANIFEST = Path(__file__).with_name("downloads.json")
 HUB = "https://huggingface.co"
 CHUNK = 1 << 20
 TIMEOUT = 30  # seconds without a byte
+SECONDS, LEAST_SPEED = 60, 20_000  # a file may take so long, and a second for every 20 kB
 TRIES = 3
 
 
 class Unavailable(Exception):
     """One source does not give the file; the text says why."""
+
+
+class TooLarge(Unavailable):
+    """It gives more than the file has; nothing of it is right."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may cost: bytes, by downloads.json, and seconds from when it was begun."""
+
+    most_bytes: int
+    begun: float
+
+    @property
+    def seconds(self) -> float:
+        return SECONDS + self.most_bytes / LEAST_SPEED
+
+    @property
+    def deadline(self) -> float:
+        return self.begun + self.seconds
 
 
 def checksum(path: Path, kind: str) -> str:
@@ -43,18 +68,29 @@ def checksum(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def matches(path: Path, expected: str | None) -> bool:
-    """Whether the file is there with the checksum `kind:digest`; without one, whether it is there.
-
-    Large weights have no published checksum here: for them the reader's own checks must do.
-    """
-    if expected is None or not path.is_file():
-        return path.is_file()
+def matches(path: Path, expected: str) -> bool:
+    """Whether the file is there with the checksum `kind:digest`."""
+    if not path.is_file():
+        return False
     kind, _, digest = expected.partition(":")
     return checksum(path, kind) == digest
 
 
-def copy_local(source: Path, part: Path) -> None:
+def copy(read: Callable[[int], bytes], file: BinaryIO, limits: Limits) -> None:
+    """Append what `read` gives to the file.
+
+    Raises:
+        Unavailable: it is more than the limits allow, or takes longer.
+    """
+    while block := read(CHUNK):
+        if file.tell() + len(block) > limits.most_bytes:
+            raise TooLarge(f"another file, it is larger than {limits.most_bytes:,} bytes")
+        file.write(block)
+        if time.monotonic() > limits.deadline:
+            raise Unavailable(f"too slow, {file.tell():,} bytes in {limits.seconds:,.0f} s")
+
+
+def copy_local(source: Path, part: Path, limits: Limits) -> None:
     """Copy `source`, or unpack `source`.gz, into `part`."""
     packed = source.with_name(source.name + ".gz")
     opener, found = (open, source) if source.is_file() else (gzip.open, packed)
@@ -62,49 +98,59 @@ def copy_local(source: Path, part: Path) -> None:
         raise Unavailable("not there")
     try:
         with opener(found, "rb") as reader, part.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, CHUNK)
-    except (OSError, EOFError, zlib.error) as error:
+            copy(reader.read, writer, limits)
+    except (OSError, EOFError, zlib.error, Unavailable) as error:
         part.unlink(missing_ok=True)
         raise Unavailable(str(error)) from error
 
 
-def transfer(url: str, part: Path) -> None:
+def transfer(url: str, part: Path, limits: Limits) -> None:
     """Append to `part` what it lacks of the file at `url`; start over if the server cannot resume.
 
-    Raises Unavailable where the server refuses or the connection breaks; `part` keeps what came.
+    Raises:
+        Unavailable: the server refuses, the connection breaks or a limit is reached; `part` keeps
+            what came, unless it was too much.
     """
     have = part.stat().st_size if part.exists() else 0
     request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urlopen(request, timeout=TIMEOUT) as response:
-            receive(response, part)
+            receive(response, part, limits)
     except HTTPError as error:
         if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
             return  # all of it had come before
         if error.code == 416:
             part.unlink()
         raise Unavailable(f"HTTP {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
+    except TooLarge:
+        part.unlink()
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unavailable(str(getattr(error, "reason", error)) or repr(error)) from error
 
 
-def receive(response: http.client.HTTPResponse, part: Path) -> None:
-    """Save the body, behind what is there if it is the rest; a body cut short is an error."""
-    announced = int(response.headers.get("Content-Length") or 0)
+def receive(response: http.client.HTTPResponse, part: Path, limits: Limits) -> None:
+    """Save the body, appended to what came before if it is the rest; one that is cut short or
+    larger than allowed is an error."""
+    length = response.headers.get("Content-Length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise Unavailable(f"its Content-Length is {length!r:.40}, not a number")
     with part.open("ab" if response.status == 206 else "wb") as file:
-        start = file.tell()
-        shutil.copyfileobj(response, file, CHUNK)
+        start, announced = file.tell(), int(length)
+        if start + announced > limits.most_bytes:
+            raise TooLarge(f"another file, it has {start + announced:,} bytes")
+        copy(response.read1, file, limits)
         if file.tell() - start < announced:
             raise Unavailable(f"the connection broke after {file.tell():,} bytes")
 
 
-def download(url: str, part: Path) -> None:
+def download(url: str, part: Path, limits: Limits) -> None:
     """`transfer`, taken up again where the connection breaks."""
     for attempt in range(1, TRIES + 1):
         try:
-            return transfer(url, part)
+            return transfer(url, part, limits)
         except Unavailable:
-            if attempt == TRIES or not part.exists():
+            if attempt == TRIES or not part.exists() or time.monotonic() > limits.deadline:
                 raise
 
 
@@ -117,6 +163,14 @@ def sources(group: str, name: str, urls: list[str]) -> Iterator[str]:
         yield url.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"))
 
 
+def put(part: Path, target: Path) -> None:
+    """Give the file its name, once it is on disk."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    sync_folder(target.parent)
+
+
 def fetch(group: str, name: str, entry: dict, folder: Path) -> Path:
     """Put the file into `folder`, from the first source that has it with the right checksum.
 
@@ -125,20 +179,21 @@ def fetch(group: str, name: str, entry: dict, folder: Path) -> Path:
     target, expected = folder / name, entry["checksum"]
     if matches(target, expected):
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     part = folder / f"{name}.part"
     failures = [f"{target} is another file: its checksum differs"] if target.exists() else []
     for source in sources(group, name, entry["urls"]):
+        limits = Limits(entry["most_bytes"], time.monotonic())
         try:
             if "://" in source:
-                download(source, part)
+                download(source, part, limits)
             else:
-                copy_local(Path(source), part)
+                copy_local(Path(source), part, limits)
         except Unavailable as reason:
             failures.append(f"{source}: {reason}")
             continue
         if matches(part, expected):
-            os.replace(part, target)
+            put(part, target)
             return target
         part.unlink()
         failures.append(f"{source}: another file, its checksum differs")
@@ -150,7 +205,7 @@ def fetch(group: str, name: str, entry: dict, folder: Path) -> Path:
 
 def main() -> None:
     manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=manifest)
     parser.add_argument("folder", type=Path)
     parser.add_argument("files", nargs="*", help="only these of the group")
@@ -159,8 +214,7 @@ def main() -> None:
         if name not in manifest[args.group]:
             raise InputError(f"{args.group} has no file {name}: {', '.join(manifest[args.group])}")
         target = fetch(args.group, name, manifest[args.group][name], args.folder)
-        note = "checksum right" if manifest[args.group][name]["checksum"] else "checksum unknown"
-        print(f"{target}: {target.stat().st_size:,} bytes, {note}")
+        print(f"{target}: {target.stat().st_size:,} bytes, checksum right")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# Pretrained GPT-2 weights into pretrained_checkpoints/NAME/model.safetensors, transfers resumed:
+# Pretrained GPT-2 weights into the Hugging Face cache, transfers resumed, checksums verified:
 #   bash scripts/download_pretrained_checkpoints.sh [gpt2] [gpt2-medium] [gpt2-large] [gpt2-xl]
-# gpt2-medium (1.5 GB) when none is named. MIRROR (a folder or an address) is looked into first;
-# HF_ENDPOINT stands in for https://huggingface.co.
+# gpt2-medium (1.5 GB) when none is named. --init_checkpoint gpt2-medium then finds them, and would
+# download them itself. HF_ENDPOINT stands in for https://huggingface.co, HF_HOME for the cache; a
+# file at pretrained_checkpoints/NAME/model.safetensors is taken in place of the hub's.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} # the standard library is enough
-for name in "${@:-gpt2-medium}"; do
-  "$python" -m data.download "$name" "pretrained_checkpoints/$name"
-done
+source "$(dirname "$0")/venv.sh" requirements.txt
+python -m data.download_weights "${@:-gpt2-medium}"

@@ -42,8 +42,8 @@ choose_base() {
     base=$shipped/model.safetensors vocab=${VOCAB:-$shipped}
     [ -f "$base" ] || fail "MODEL=$card: $base is missing; make it by python -m data.make_base ${card#gpt2.}"
   elif [ -z "$base" ]; then
-    base=pretrained_checkpoints/$published/model.safetensors
-    [ -n "$dry_run" ] || bash scripts/download_pretrained_checkpoints.sh "$published"
+    base=$published
+    [ -n "$dry_run" ] || python -m data.download_weights "$base"
   fi
   if [ "$vocab" = vocab ] && [ ! -f vocab/vocab.bpe ] && [ ! -f vocab/merges.txt ]; then
     bash scripts/download_vocab.sh

@@ -65,7 +65,7 @@ TINY = {
 }
 # Of a page's names, those that stand for files which a test has, or for a smaller thing.
 STAND_INS = [
-    (r"pretrained_checkpoints/\S+|\bgpt2-medium\b", NANO),
+    (r"--init_checkpoint gpt2(-medium)?(?![\w-])", f"--init_checkpoint {NANO}"),
     (r"--model_card gpt2\.sm", "--model_card gpt2.nano"),
     (r"--nproc_per_node 4", "--nproc_per_node 2"),
     (r"^torchrun (?!--standalone|--nnodes)", "torchrun --standalone "),

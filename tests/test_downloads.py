@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from common.errors import InputError
+from data import download
 from data.download import MANIFEST, checksum, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +30,9 @@ class Server(ThreadingHTTPServer):
 
     breaks = 0
     resumable = True
+    length: str | None = ""  # what Content-Length says; "" for the truth, None for nothing
+    endless = False  # sends more and more
+    pause = 0.0  # seconds between two bytes, of which only a hundred are sent
     asked: list[str | None]
 
     @property
@@ -47,13 +53,24 @@ class Handler(BaseHTTPRequestHandler):
             return self.end_headers()
         body = CONTENT[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        length = self.server.length
+        if length is not None:
+            self.send_header("Content-Length", length or str(len(body)))
         self.end_headers()
+        if self.server.endless or self.server.pause:
+            return self.send_on(body)
         if self.server.breaks:
             self.server.breaks -= 1
             body = body[:100_000]
-        self.wfile.write(body)
+        with suppress(OSError):  # the client may have had enough
+            self.wfile.write(body)
         return None
+
+    def send_on(self, body: bytes) -> None:
+        with suppress(OSError):
+            for place in range(100):
+                time.sleep(self.server.pause)
+                self.wfile.write(body if self.server.endless else body[place : place + 1])
 
     def log_message(self, *_) -> None:
         pass
@@ -72,8 +89,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def entry(*urls: str, expected: str | None = SHA256) -> dict:
-    return {"checksum": expected, "urls": list(urls)}
+def entry(*urls: str, expected: str = SHA256, most_bytes: int = len(CONTENT)) -> dict:
+    return {"checksum": expected, "most_bytes": most_bytes, "urls": list(urls)}
 
 
 def test_a_file_is_saved_once_and_then_only_checked(server: Server, tmp_path: Path) -> None:
@@ -128,14 +145,60 @@ def test_a_server_that_cannot_resume_sends_it_all_again(server: Server, tmp_path
     assert target.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("expected", [SHA256, None])
-def test_a_part_that_was_complete_is_taken_as_it_is(
-    server: Server, tmp_path: Path, expected: str | None
-) -> None:
+def test_a_part_that_was_complete_is_taken_as_it_is(server: Server, tmp_path: Path) -> None:
     (tmp_path / "a.bin.part").write_bytes(CONTENT)
-    target = fetch("g", "a.bin", entry(f"{server.url}/a.bin", expected=expected), tmp_path)
+    target = fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path)
     assert target.read_bytes() == CONTENT
     assert server.asked == [f"bytes={len(CONTENT)}-"]
+
+
+def test_a_body_without_end_is_cut_off_at_the_size_of_the_file(
+    server: Server, tmp_path: Path
+) -> None:
+    server.length, server.endless = None, True
+    with pytest.raises(InputError, match=f"another file, it is larger than {len(CONTENT):,} bytes"):
+        fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_larger_file_is_refused_before_it_is_received(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"another file, it has {len(CONTENT):,} bytes"):
+        fetch("g", "a.bin", entry(f"{server.url}/a.bin", most_bytes=1000), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1e3", "9" * 5000])
+def test_a_length_that_is_no_number_is_one_sentence(
+    length: str, server: Server, tmp_path: Path
+) -> None:
+    server.length = length
+    with pytest.raises(InputError) as caught:
+        fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "a.bin").exists()
+
+
+def test_a_server_that_trickles_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "SECONDS", 0.2)
+    monkeypatch.setattr(download, "LEAST_SPEED", 10**9)
+    server.pause = 0.02
+    with pytest.raises(InputError, match=r"too slow, [\d]+ bytes in 0 s"):
+        fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path)
+    assert len(server.asked) == 1
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *given, name=name, real=real: (calls.append(name), real(*given))[1]
+        )
+    fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path)
+    assert calls == ["fsync", "replace", "fsync"]  # the file's, then the folder's
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -150,6 +213,16 @@ def test_the_local_mirror_comes_first(
     target = fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path / "out")
     assert target.read_bytes() == CONTENT
     assert server.asked == []
+
+
+def test_a_packed_mirror_larger_than_the_file_is_not_unpacked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "a.bin.gz").write_bytes(gzip.compress(CONTENT * 9))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    target = fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path / "out")
+    assert target.read_bytes() == CONTENT and len(server.asked) == 1
 
 
 def test_a_mirror_on_the_web_comes_before_the_public_address(
@@ -197,13 +270,13 @@ def manifest_entries() -> list[tuple[str, str, dict]]:
     return [(group, name, e) for group, files in manifest.items() for name, e in files.items()]
 
 
-def test_every_public_file_has_https_addresses_and_a_well_formed_checksum() -> None:
+def test_every_public_file_has_https_addresses_a_size_and_a_well_formed_checksum() -> None:
     lengths = {"sha256": 64, "git": 40}
-    for group, name, e in manifest_entries():
+    for _, name, e in manifest_entries():
         assert e["urls"] and all(url.startswith("https://") for url in e["urls"]), name
-        if group not in {"gpt2-medium", "gpt2-large", "gpt2-xl"}:
-            kind, digest = e["checksum"].split(":")
-            assert len(bytes.fromhex(digest)) * 2 == lengths[kind], name
+        kind, digest = e["checksum"].split(":")
+        assert len(bytes.fromhex(digest)) * 2 == lengths[kind], name
+        assert 0 < e["most_bytes"] <= 2e8, name
 
 
 def test_listed_checksums_are_those_of_the_public_files(

@@ -183,3 +183,13 @@ def test_a_path_that_exists_and_a_name_that_is_not_published_stay_as_they_are(
 def test_the_client_is_imported_only_when_a_name_is_to_be_found() -> None:
     code = "import sys, gpt2_ft, gpt2_beam; print('huggingface_hub' in sys.modules)"
     assert finish(start(["-c", code]))[1] == "False\n"
+
+
+def test_the_command_downloads_each_name_and_says_where_it_is(hub: Hub, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    code, out, err = finish(start(["-m", "data.download_weights", "gpt2"], env=environment))
+    assert code == 0, err
+    name, _, path = out.strip().partition(": ")
+    assert name == "gpt2" and Path(path).read_bytes() == hub.data
+    code, _, err = finish(start(["-m", "data.download_weights", "gpt3"], env=environment))
+    assert code == 2 and err.startswith("error: argument NAME: invalid choice: 'gpt3'")

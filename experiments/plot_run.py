@@ -29,7 +29,8 @@ def read_scores(folder: Path) -> Scores:
             several = isinstance(scores, dict) and [
                 v for v in scores.values() if isinstance(v, dict)
             ]
-            return checked_scores(several[0] if several else scores, path)
+            found = checked_scores(several[0] if several else scores, path)
+            return {name: value for name, value in found.items() if value is not None}
     return {}
 
 

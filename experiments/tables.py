@@ -18,7 +18,7 @@ from benchmarks import tables as benchmarks
 from benchmarks.tables import grid
 from common.errors import run
 from common.files import replacing
-from experiments import figures
+from experiments import chinese, figures
 from experiments.sweep import SEEDS, Setting, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +140,13 @@ def make_tables() -> dict[str, str]:
     )
 
 
+def tables_of(page: Path, tables: dict[str, str]) -> dict[str, str]:
+    """Return the tables in the language of a page."""
+    if page.name.endswith(".zh-CN.md"):
+        return {name: chinese.translated(table) for name, table in tables.items()}
+    return tables
+
+
 def filled(page: str, tables: dict[str, str]) -> str:
     """The text of a page with its tables in their places.
 
@@ -154,7 +161,7 @@ def differing(tables: dict[str, str], results: list[dict]) -> list[str]:
     """The pages and figures that are not what results/ says."""
     pages = [ROOT / name for name in PAGES if (ROOT / name).exists()]
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
-    stale = [page for page, text in texts.items() if filled(text, tables) != text]
+    stale = [page for page, text in texts.items() if filled(text, tables_of(page, tables)) != text]
     for name in figures.FIGURES:
         path = FIGURES / f"{name}.png"
         if figures.source_of(path) != figures.digest(name, results):
@@ -177,7 +184,7 @@ def main() -> int:
         if path.suffix == ".png":
             figures.draw(path, results)
         else:
-            text = filled(path.read_text(encoding="utf-8"), tables)
+            text = filled(path.read_text(encoding="utf-8"), tables_of(path, tables))
             with replacing(path) as file:
                 file.write(text)
         print(f"{name}: written")

@@ -176,7 +176,7 @@ def test_the_example_of_the_layers_page_computes_what_it_says() -> None:
 
 
 def test_both_readmes_have_the_same_commands_tables_and_sections() -> None:
-    assert blocks(ENGLISH) == blocks(CHINESE)
+    assert commands(ENGLISH) == commands(CHINESE)
     texts = [page.read_text(encoding="utf-8") for page in (ENGLISH, CHINESE)]
     for pattern in (r"^#+ ", r"<!-- table: \w+ -->", r"\]\((?!README)[^)]+\)", r"^\|[ :-]*---.*"):
         english, chinese = (re.findall(pattern, text, re.MULTILINE) for text in texts)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InputError
-from experiments import figures, plot_run, tables
+from experiments import chinese, figures, plot_run, tables
 from experiments.sweep import Setting
 
 SWEEP = tables.read_results(ROOT / "results" / "e2e-mini")
@@ -32,6 +33,15 @@ def a_run(kind: str = "lora", rank: int = 4, rows: int = 42_061, bleu: float = 0
 
 def test_pages_and_figures_are_those_of_results() -> None:
     assert tables.differing(tables.make_tables(), SWEEP) == []
+
+
+def test_tables_of_the_chinese_readme_are_in_chinese_with_the_same_numbers() -> None:
+    page = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    made = tables.make_tables()
+    for name in re.findall(r"<!-- table: (\w+) -->", page):
+        table = chinese.translated(made[name])
+        assert not chinese.untranslated(table), "add these words to experiments/chinese.py"
+        assert re.findall(r"[\d.]+", table) == re.findall(r"[\d.]+", made[name])
 
 
 def test_a_row_has_mean_and_deviation_of_its_own_runs_in_the_papers_units() -> None:

@@ -1,6 +1,7 @@
 """README and docs: every command is run at tiny size or left out for a reason, what they name
 exists, and both languages say the same."""
 
+import csv
 import doctest
 import json
 import os
@@ -98,8 +99,17 @@ def made_small(command: str) -> str:
         given, more = TINY[program]
         if program == "gpt2_beam.py" and "--data" not in command:
             given += " --data my/test.jsonl"
+        if "--train_data" in command:
+            given = given.replace("--train_data my/train.jsonl ", "")
         command = f"{command.replace('...', given)} {more}"
     return command
+
+
+def as_table(rows: str, path: Path, *names: str) -> None:
+    """JSONL rows as CSV with other names for their columns."""
+    sides = [tuple(json.loads(row).values())[:2] for row in rows.splitlines()]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([names, *sides])
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +125,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = (ROOT / "data" / "sample" / f"{name}.jsonl").read_text(encoding="utf-8")
         rows = "".join(lines.splitlines(keepends=True)[:6])
         (folder / "my" / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+        as_table(rows, folder / "my" / f"{name}.csv", "prompt", "response")
+        as_table(rows, folder / "my" / "facts.csv", "facts", "text")
     shutil.copy(folder / "my" / "test.jsonl", folder / "test.jsonl")
     execute(folder, made_small("python gpt2_ft.py ... --log_interval 1"))
     for name in ("001", "a", "b", "e2e", "mine"):

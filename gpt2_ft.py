@@ -25,7 +25,7 @@ import gpu
 import loralib as lora
 from common.errors import InputError, Parser
 from common.errors import run as run_program
-from common.process_group import naming_lost_ranks
+from common.process_group import leave, naming_lost_ranks, speaking_once
 from common.sample import sample_settings
 from data.fields import add_fields_flag
 from data_utils import FT_Dataset
@@ -337,15 +337,16 @@ def _log_training(run: Run, epoch: int, norm: float, tokens: int, seconds: float
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program with the given or the command line's arguments."""
-    args = parse_args(argv)
-    runtime = gpu.parse_gpu(args)
     try:
-        # A rank that lost others is sent SIGTERM while it still asks who they are.
-        advice = "--resume auto resumes from the last save"
-        with restoring_signal_handlers(), naming_lost_ranks(advice):
-            fine_tune(args, runtime)
+        with speaking_once():
+            args = parse_args(argv)
+            runtime = gpu.parse_gpu(args)
+            # A rank that lost others is sent SIGTERM while it still asks who they are.
+            advice = "--resume auto resumes from the last save"
+            with restoring_signal_handlers(), naming_lost_ranks(advice):
+                fine_tune(args, runtime)
     finally:
-        gpu.cleanup(runtime)
+        leave()
 
 
 def fine_tune(args: argparse.Namespace, runtime: Runtime) -> None:

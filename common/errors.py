@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from common.streams import make_lasting
+
 
 class InputError(Exception):
     """A mistake in the user's input. Its text is one sentence that names the file, line, tensor or
@@ -19,10 +21,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: its return value, or 2 after printing an `InputError`.
+    """Run a script's `main` and exit: its return value, 2 after printing an `InputError`, or 130
+    after an interrupt.
 
     Any other exception is a fault of the program and keeps its traceback.
     """
+    make_lasting()
     try:
         sys.exit(main())
     except InputError as error:

@@ -121,6 +121,40 @@ def leave() -> None:
     _group = None
 
 
+@contextmanager
+def speaking_once() -> Iterator[None]:
+    """Let rank 0 alone say an InputError of the block that all ranks meet; one that differs is said
+    by its rank as well.
+
+    Raises:
+        SystemExit: with exit code 2 and no sentence, where rank 0 says it.
+    """
+    try:
+        yield
+    except InputError as error:
+        if _is_said_by_first(str(error)):
+            raise SystemExit(2) from error
+        raise
+
+
+def _is_said_by_first(sentence: str) -> bool:
+    """Return whether rank 0 says the same; on rank 0, let the others know. False if in doubt."""
+    try:
+        place = read_place()
+        if place.world_size == 1:
+            return False
+        store = _group.store if _group else _open_store(timedelta(seconds=ANSWER_SECONDS))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a start
+        store = dist.PrefixStore(f"said at start {start}", store)
+        if place.rank == 0:
+            store.set("sentence", sentence)
+            return False
+        store.wait(["sentence"], timedelta(seconds=ANSWER_SECONDS))
+        return store.get("sentence").decode() == sentence
+    except (InputError, RuntimeError, ValueError):
+        return False
+
+
 def _open_store(timeout: timedelta) -> dist.Store:
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     return store

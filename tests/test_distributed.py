@@ -315,3 +315,32 @@ def test_a_rank_without_its_world_trains_nothing(nano: Tiny) -> None:
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: the variable WORLD_SIZE is missing though RANK is 1;")
     assert not (nano.folder / "run").exists()
+
+
+OWN_SENTENCES = """
+import os, sys
+sys.path.insert(0, ROOT)
+from common import errors, process_group
+from common.errors import InputError
+
+def main():
+    with process_group.speaking_once():
+        raise InputError(f"mistake {min(int(os.environ['RANK']), 1)}")
+
+errors.run(main)
+"""
+
+
+def test_a_sentence_that_all_ranks_meet_is_said_once_and_another_by_its_rank(nano: Tiny) -> None:
+    """Before the ranks have met, after it, and where ranks differ."""
+    absent = nano.argv("run", "--train_data", "absent.jsonl")
+    for argv in (nano.argv("run", "--lora_dim", "x"), absent):
+        code, _, err = launch(2, ["gpt2_ft.py", *argv])
+        assert code == 1 and err.count("error: ") == 1, err
+    assert not (nano.folder / "run").exists()
+    script = nano.folder / "own.py"
+    script.write_text(f"ROOT = {str(ROOT)!r}\n{OWN_SENTENCES}", encoding="utf-8")
+    _, _, err = launch(3, [str(script)])
+    assert sorted(line for line in err.splitlines() if line.startswith("error: ")) == [
+        "error: mistake 0", "error: mistake 1", "error: mistake 1",
+    ]  # fmt: skip

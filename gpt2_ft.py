@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -32,8 +33,8 @@ from data_utils import FT_Dataset
 from gpu import Runtime
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 from optimizer import add_optimizer_params
-from training.resume import check_equal_states, find_state, save
-from training.run import Run, write_adapter
+from training.resume import check_equal_states, confirm_save, find_state, last_good, save
+from training.run import Interval, Run, write_best
 from training.setup import DEFAULT_EPOCHS, prepare, print_flags, print_sizes, show_plan
 from training.tensorboard import show_settings, show_validation
 from training.trackers import import_wandb
@@ -177,25 +178,23 @@ def train_validate(run: Run, epoch: int) -> None:
     """Train what is left of one epoch, logging, validating and saving on the way."""
     settings, steps = run.settings, run.plan.steps_per_epoch
     done = run.batches_taken - (epoch - 1) * steps
-    started, tokens = time.perf_counter(), 0
     for rows in run.sampler.steps(epoch, start=done):
         if run.stopping or run.finished:
             break
-        loss, counted, norm = optimizer_step(run, rows)
+        started = time.perf_counter()
+        result = optimizer_step(run, rows)
         run.batches_taken += 1
-        if not math.isfinite(norm):
-            _count_bad_step(run)
+        if not math.isfinite(result.norm):
+            count_bad_step(run)
             continue
         run.step += 1
         run.bad_steps = 0
-        run.average.update(loss, counted)
-        run.log.advance(loss)
+        confirm_save(run)
+        count_step(run, rows, result, time.perf_counter() - started)
 
         # What follows only logs, validates and saves; it changes nothing in the training.
-        tokens += int(sum(run.train.lengths[micro].sum() for micro in rows))
-        if run.step % settings.log_interval == 0:
-            _log_training(run, epoch, norm, tokens, time.perf_counter() - started)
-            started, tokens = time.perf_counter(), 0
+        if run.step == 1 or run.step % settings.log_interval == 0:
+            log_training(run, epoch)
         if run.finished or run.batches_taken % steps == 0:
             break
         if run.step % settings.eval_interval == 0:
@@ -204,21 +203,28 @@ def train_validate(run: Run, epoch: int) -> None:
             save(run)
     # A step is always saved after its validation, so that no resumed run repeats one.
     if not run.stopping:
+        log_training(run, epoch)
         validate(run, epoch)
     save(run)
     if run.stopping:
         raise SystemExit(128 + (run.signal or signal.SIGTERM))
 
 
-def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float]:
-    """One step on this rank's micro-batches `rows`, lists of row numbers.
+class StepResult(NamedTuple):
+    """What one step came to: this rank's losses per counted token, without smoothing and as they
+    are optimised, the number of its counted tokens, and the gradient's norm before clipping."""
+
+    loss: float
+    smoothed_loss: float
+    count: float
+    norm: float
+
+
+def optimizer_step(run: Run, rows: list[list[int]]) -> StepResult:
+    """Take one step on this rank's micro-batches `rows`, lists of row numbers.
 
     The loss is Σ loss / Σ mask over all micro-batches of all ranks, whatever their sizes; gradients
-    are reduced in the last micro-batch only.
-
-    Returns:
-        The mean loss of this rank's counted tokens, their number, and the gradient's norm before
-        clipping. Where the norm is not finite nothing was updated.
+    are reduced in the last micro-batch only. Where the norm is not finite nothing is updated.
     """
     runtime, settings = run.runtime, run.settings
     # The last batch of an epoch may have no row for a rank, which then goes through the motions.
@@ -229,15 +235,16 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
     late = runtime.rank == 0 and settings.save_minutes and seconds > 60 * settings.save_minutes
     total, signals, due = runtime.sum(sum(counts), run.signal, bool(late))
     run.stopping, run.save_due = signals > 0, due > 0
-    losses = []
+    plain_sum = smoothed_sum = torch.zeros((), device=runtime.device)
     for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
         batch = runtime.to_device(batch)
         with gpu.no_sync(run.model, skip=i < len(batches) - 1):
             with runtime.autocast():
-                _, loss = run.model(batch, label_smooth=settings.label_smooth)
+                plain, smoothed = run.model(batch, label_smooth=settings.label_smooth)
             # DistributedDataParallel averages over ranks, so each one's share is scaled back up.
-            run.scaler.scale(loss * (count * runtime.world_size / total)).backward()
-        losses.append(loss.detach() * count)
+            run.scaler.scale(smoothed * (count * runtime.world_size / total)).backward()
+        plain_sum = plain_sum + plain * count
+        smoothed_sum = smoothed_sum + smoothed.detach() * count
 
     run.scaler.unscale_(run.optimizer)
     parameters = list(run.trained.values())
@@ -249,23 +256,33 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> tuple[float, float, float
         run.scheduler.step()
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return float(sum(losses)) / max(sum(counts), 1), sum(counts), float(norm)
+    count = sum(counts)
+    per_token = max(count, 1)
+    return StepResult(
+        float(plain_sum) / per_token, float(smoothed_sum) / per_token, count, float(norm)
+    )
 
 
-def _count_bad_step(run: Run) -> None:
+def count_step(run: Run, rows: list[list[int]], result: StepResult, seconds: float) -> None:
+    """Add a step to what is logged next."""
+    interval = run.interval
+    interval.loss += result.loss * result.count
+    interval.smoothed_loss += result.smoothed_loss * result.count
+    interval.count += result.count
+    interval.norm = result.norm
+    interval.tokens += int(sum(run.train.lengths[micro].sum() for micro in rows))
+    interval.seconds += seconds
+    run.log.advance(result.loss)
+
+
+def count_bad_step(run: Run) -> None:
+    """Count a step whose loss or gradient was not finite; too many in a row end the run."""
     run.bad_steps += 1
     if run.bad_steps >= run.settings.max_bad_steps:
         raise InputError(
             f"{run.bad_steps} steps in a row had a loss or gradient that is not finite; lower --lr "
-            f"or leave --fp16 out. {_last_good(run)}"
+            f"or leave --fp16 out. {last_good(run)}"
         )
-
-
-def _last_good(run: Run) -> str:
-    saved_step, _ = run.last_save
-    if saved_step < 0:
-        return "Nothing was saved yet"
-    return f"The last good file is {run.adapter_path(saved_step)}"
 
 
 @torch.no_grad()
@@ -288,48 +305,57 @@ def evaluate(
         count += batch.count
     model.train()
     loss_sum, count = runtime.sum(loss_sum, count)
-    loss = loss_sum / count
-    return loss, math.exp(min(loss, 700))
+    return loss_sum / count, perplexity(loss_sum / count)
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the power of a loss per token, finite for any finite loss."""
+    return math.exp(min(loss, 700))
 
 
 def validate(run: Run, epoch: int) -> None:
-    """Evaluate, log, and keep the adapter if it is the best so far; once per step at most."""
+    """Evaluate, log, and write the adapter if it is the best so far; once per step at most."""
     if run.valid is None or run.validated_step == run.step:
         return
     run.validated_step = run.step
-    loss, perplexity = evaluate(run.model, run.valid, run.runtime, run.settings.valid_batch_size)
+    loss, ppl = evaluate(run.model, run.valid, run.runtime, run.settings.valid_batch_size)
     better = loss < run.best_loss
     run.no_better = 0 if better else run.no_better + 1
     if better:
         run.best_loss, run.best_step = loss, run.step
-        write_adapter(run, "best")
+        write_best(run)
     mark = ", the best so far" if better else ""
     run.log.record(
         "valid",
         run.step,
         f"step {run.step:>6}/{run.plan.max_step} | epoch {epoch} | valid loss {loss:.4f} | "
-        f"valid ppl {perplexity:.2f}{mark}",
+        f"valid ppl {ppl:.2f}{mark}",
         loss=loss,
-        ppl=perplexity,
+        ppl=ppl,
     )
     show_validation(run)
 
 
-def _log_training(run: Run, epoch: int, norm: float, tokens: int, seconds: float) -> None:
-    loss_sum, count, tokens = run.runtime.sum(run.average.sum, run.average.count, tokens)
-    run.average.reset()
-    loss, rate = loss_sum / max(count, 1), run.scheduler.get_last_lr()[0]
-    speed, memory = tokens / seconds, run.runtime.peak_memory_gb()
-    perplexity = math.exp(min(loss, 700))
+def log_training(run: Run, epoch: int) -> None:
+    """Log what was trained since the last time, over all ranks; nothing if there is nothing."""
+    own, run.interval = run.interval, Interval()
+    loss, smoothed, count, tokens = run.runtime.sum(
+        own.loss, own.smoothed_loss, own.count, own.tokens
+    )
+    if not count:
+        return
+    loss, rate, ppl = loss / count, run.scheduler.get_last_lr()[0], perplexity(loss / count)
+    speed, memory = tokens / max(own.seconds, 1e-9), run.runtime.peak_memory_gb()
     run.log.record(
         "train",
         run.step,
         f"step {run.step:>6}/{run.plan.max_step} | epoch {epoch} | loss {loss:.4f} | "
-        f"ppl {perplexity:.2f} | lr {rate:.2e} | {speed:.0f} tokens/s | {memory:.2f} GB",
+        f"ppl {ppl:.2f} | lr {rate:.2e} | {speed:.0f} tokens/s | {memory:.2f} GB",
         loss=loss,
-        ppl=perplexity,
+        ppl=ppl,
+        smoothed_loss=smoothed / count,
         lr=rate,
-        grad_norm=norm,
+        grad_norm=own.norm,
         tokens_per_second=speed,
         peak_memory_gb=memory,
     )
@@ -380,6 +406,7 @@ def fine_tune(args: argparse.Namespace, runtime: Runtime) -> None:
             train_validate(run, epoch)
             if run.finished or epoch == run.plan.max_epoch:
                 break
+        confirm_save(run)
     if is_first:
         print_end(run)
 
@@ -392,7 +419,7 @@ def print_end(run: Run) -> None:
             f"one than step {run.best_step} (--patience {run.settings.patience})"
         )
     best = ""
-    if run.valid:
+    if run.best_step:
         best = (
             f"; best on validation: {run.adapter_path('best')}, loss {run.best_loss:.4f} at step "
             f"{run.best_step:,}"

@@ -272,18 +272,23 @@ class GPT2LMModel(nn.Module):
 
         `input_ids`, `lm_labels` are (B, T) int64, right-padded; the label of a position is the
         token that follows it. `lm_mask` (B, T) weighs each position, everything counts without it.
-        Training gives a `Batch` in their place. loss = Σ mask · ((1 - e) · nll + e · mean over V of
-        -log p) / Σ mask, e = `label_smooth`, and 0 where nothing counts. Padding is left out of all
-        layers, and only counted positions pass the head, which is why no logits come back.
+        Training gives a `Batch` in their place and gets `(plain, loss)`, where plain is the loss
+        without smoothing and has no gradient.
+
+        loss = Σ mask · ((1 - e) · nll + e · mean over V of -log p) / Σ mask, e = `label_smooth`; 0
+        where nothing counts. Padding is left out of all layers, and only counted positions pass
+        the head, which is why no logits come back.
         """
         if isinstance(input_ids, Batch):
-            return None, self.loss(input_ids, label_smooth)
+            loss, plain = self.losses(input_ids, label_smooth)
+            return plain, loss
         if lm_labels is not None:
-            return None, self.loss(Batch.from_padded(input_ids, lm_labels, lm_mask), label_smooth)
+            batch = Batch.from_padded(input_ids, lm_labels, lm_mask)
+            return None, self.losses(batch, label_smooth)[0]
         return self.head(self.transformer(*whole_rows(input_ids))).view(*input_ids.shape, -1), None
 
-    def loss(self, batch: Batch, label_smooth: float) -> Tensor:
-        """The weighted mean of the label-smoothed loss over the positions that count."""
+    def losses(self, batch: Batch, label_smooth: float) -> tuple[Tensor, Tensor]:
+        """Weighted means over the positions that count, of the smoothed loss and of the plain."""
         hidden = self.transformer(
             batch.input_ids, batch.positions, batch.lengths, needed=batch.counted
         )

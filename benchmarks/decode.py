@@ -62,7 +62,7 @@ def write_trained_base(args: argparse.Namespace, path: Path) -> None:
     )  # fmt: skip
     steps = (batch for epoch in range(1, 99) for batch in run.sampler.steps(epoch))
     for _, batch in zip(range(args.train_steps), steps, strict=False):
-        loss, *_ = gpt2_ft.optimizer_step(run, batch)
+        loss = gpt2_ft.optimizer_step(run, batch).loss
     print(f"the small model's last loss: {loss:.3f}")
     save_file(run.model.state_dict(), path)
 

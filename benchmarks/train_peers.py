@@ -70,7 +70,7 @@ def ours(settings: dict) -> Work:
     )
     model = cast(GPT2LMModel, run.model)  # in one process nothing wraps it
     checkpoints.apply_trained(model, load_file(settings["adapter"]), "adapter")
-    return timed(lambda rows: gpt2_ft.optimizer_step(run, [rows])[0])
+    return timed(lambda rows: gpt2_ft.optimizer_step(run, [rows]).smoothed_loss)
 
 
 def peft(attention: str, select: bool = False) -> Callable[[dict], Work]:

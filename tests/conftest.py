@@ -171,4 +171,4 @@ def nothing_half_written(folder: Path) -> None:
     for path in folder.glob("model.*.safetensors"):
         checkpoints.read_adapter(path)
     if (folder / "state.pt").exists():
-        resume.read_training_state(folder / "state.pt")
+        resume.State.read(folder / "state.pt")

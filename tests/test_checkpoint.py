@@ -251,7 +251,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pt")
     (tmp_path / "b.bin").write_bytes(pickle.dumps(content, protocol=2))
     for name in ("a.pt", "b.bin"):
-        for read in (checkpoints.read_tensors, resume.read_training_state):
+        for read in (checkpoints.read_tensors, resume.State.read):
             with pytest.raises(InputError, match=f"{name}.*refused.*nothing in it was run"):
                 read(tmp_path / name)
     assert not (tmp_path / "trace").exists()
@@ -268,4 +268,4 @@ def test_a_pickle_of_anything_but_named_tensors_is_refused(content: object, tmp_
     with pytest.raises(InputError, match="not a file of named tensors"):
         checkpoints.read_tensors(tmp_path / "a.pt")
     with pytest.raises(InputError, match="not a training state"):
-        resume.read_training_state(tmp_path / "a.pt")
+        resume.State.read(tmp_path / "a.pt")

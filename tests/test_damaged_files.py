@@ -40,7 +40,7 @@ def load_base(path: Path) -> None:
 
 READERS = {
     "a.safetensors": load_base, "a.pt": load_base, "legacy.bin": load_base,
-    "model.3.safetensors": checkpoints.read_adapter, "state.pt": resume.read_training_state,
+    "model.3.safetensors": checkpoints.read_adapter, "state.pt": resume.State.read,
 }  # fmt: skip
 
 

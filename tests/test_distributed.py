@@ -317,6 +317,34 @@ def test_a_rank_without_its_world_trains_nothing(nano: Tiny) -> None:
     assert not (nano.folder / "run").exists()
 
 
+DIFFERENT = """
+import os, sys
+sys.path.insert(0, ROOT)
+import gpt2_ft
+from common import errors
+
+other = sys.argv[1:3] if os.environ["RANK"] == "1" else []
+errors.run(lambda: gpt2_ft.main([*sys.argv[3:], *other]))
+"""
+
+
+@pytest.mark.parametrize(
+    "flag, value, name", [("--lr", "0.5", "lr"), ("--train_data", "other.jsonl", "train_data")]
+)
+def test_a_rank_with_other_settings_or_data_is_named_with_them(
+    flag: str, value: str, name: str, nano: Tiny
+) -> None:
+    if flag == "--train_data":
+        value = str(write_rows(nano.folder / value, random_rows(21, seed=9)))
+    script = nano.folder / "different.py"
+    script.write_text(f"ROOT = {str(ROOT)!r}\n{DIFFERENT}", encoding="utf-8")
+    code, _, err = launch(2, [str(script), flag, value, *nano.argv("run")])
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(said) == 1
+    assert said[0].startswith(f"error: rank 1 was started with {name} ")
+    assert not (nano.folder / "run").exists()
+
+
 OWN_SENTENCES = """
 import os, sys
 sys.path.insert(0, ROOT)

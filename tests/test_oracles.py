@@ -65,7 +65,7 @@ def test_fifty_steps_on_the_sample_have_the_originals_rows_losses_norms_and_adap
     )  # fmt: skip
     for rows, ids, loss, norm, counted in compared:
         assert rows == [ids]
-        ours, count, own_norm = gpt2_ft.optimizer_step(run, rows)
+        _, ours, count, own_norm = gpt2_ft.optimizer_step(run, rows)
         assert count == counted
         assert ours * (count / (count + 1e-4)) == pytest.approx(loss, abs=1e-5)
         assert own_norm == pytest.approx(norm, abs=1e-4)

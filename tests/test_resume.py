@@ -13,12 +13,15 @@ import pytest
 import torch
 from conftest import Tiny, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import gpt2_ft
 from checkpoints import read_adapter
 from common.errors import InputError
 from training import work_dir
 
+# Names of event files that are made in one second are ordered by a count, as text.
+event_file_writer._global_uid._value = 10**6
 TIMES = ("tokens_per_second", "peak_memory_gb")
 
 
@@ -38,10 +41,15 @@ def log_records(folder: Path) -> list[dict]:
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Step and value of every scalar that TensorBoard shows, times apart."""
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.split("/")[1] not in TIMES]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    shown = {}
+    for name in ("", "-valid"):
+        events = EventAccumulator(str(folder / "tensorboard" / (folder.name + name)))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag.split("/")[1] not in TIMES:
+                points = [(event.step, event.value) for event in events.Scalars(tag)]
+                shown[f"{tag}{name}"] = points
+    return shown
 
 
 def same_runs(one: Path, other: Path) -> None:
@@ -217,7 +225,7 @@ def test_a_run_of_steps_that_are_not_finite_still_obeys_a_signal(
     def bad_step(run: gpt2_ft.Run, rows: list) -> tuple:
         calls.append(rows)
         run.signal, run.stopping = signal.SIGTERM, True
-        return 0.0, 1.0, float("nan")
+        return gpt2_ft.StepResult(0.0, 0.0, 1.0, float("nan"))
 
     monkeypatch.setattr(gpt2_ft, "optimizer_step", bad_step)
     with pytest.raises(SystemExit) as ended:
@@ -327,6 +335,88 @@ def test_two_runs_do_not_share_a_work_dir(tiny: Tiny, monkeypatch: pytest.Monkey
         gpt2_ft.main(tiny.argv("run"))
     assert adapters(folder) == {}
     gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+
+
+def test_fewer_steps_than_were_taken_are_refused_with_both_numbers(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_run(tiny, monkeypatch)
+    argv = tiny.argv("run", "--warmup_step", 1, "--resume", "auto", "--resume_anyway", "--max_step")
+    with pytest.raises(InputError, match="has taken 3 steps.*more than --max_step 2; give at"):
+        gpt2_ft.main([*argv, "2"])
+    gpt2_ft.main([*argv, "3"])
+    assert numbered(tiny.folder / "run") == [3]
+
+
+def test_a_best_adapter_found_after_the_last_save_gives_way_to_the_one_that_the_state_names(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Best at 2 and saved at 3; best at 4, then killed; resumed under settings that end otherwise.
+    The log names step 2, so the file must be that of step 2."""
+    argv = tiny.argv("run", "--eval_interval", 2, "--resume", "auto")
+    best = tiny.folder / "run" / "model.best.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        validation_losses(patch, [5, 4])
+        die_in_call(patch, "optimizer_step", 5)
+        gpt2_ft.main(argv)
+    assert read_adapter(best)[0].step == 4
+    with monkeypatch.context() as patch:
+        validation_losses(patch, [7] * 5)
+        gpt2_ft.main([*argv, "--resume_anyway", "--lr", "0.02"])
+    assert read_adapter(best)[0].step == 2
+    assert sorted(path.name for path in best.parent.iterdir() if path.name[0] == ".") == [".lock"]
+
+    with monkeypatch.context() as patch:
+        validation_losses(patch, [7])
+        gpt2_ft.main(tiny.argv("branch", "--resume", best.parent, "--resume_anyway"))
+    assert (tiny.folder / "branch" / best.name).read_bytes() == best.read_bytes()
+
+
+def test_a_best_adapter_that_is_gone_is_named_no_more(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    gpt2_ft.main(tiny.argv("run"))
+    folder = tiny.folder / "run"
+    (folder / "model.best.safetensors").unlink()
+    (folder / "model.12.safetensors").unlink()
+    whole = (folder / "model.9.safetensors").read_bytes()
+    capsys.readouterr()
+    gpt2_ft.main(tiny.argv("run", "--resume", "auto"))
+    out = capsys.readouterr().out
+    assert "is not in" in out and "model.best" not in out
+    assert read_adapter(folder / "model.12.safetensors")[0].step == 12, "what is named is there"
+    assert (folder / "model.9.safetensors").read_bytes() == whole
+
+
+def test_records_are_on_disk_before_the_state_that_lets_a_run_forget_them(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    synced = os.fsync
+
+    def fsync(handle: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    names = [name for name in order if name == "log.jsonl" or name.startswith(".state.pt")]
+    assert names[-2] == "log.jsonl" and names[-1].startswith(".state.pt")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [{"progress": {}}, {"progress": []}, {"ranks": {}}, {"trained": {"x": 1}}, {"ranks": [1]},
+     {"optimizer": {"state": {0: 5}}}, {"scheduler": {"last_epoch": "x"}}, {"header": {"r": -1}},
+     {"trained": {}}, {"ranks": [{"generators": {}, "interval": {}}]}, {"format": 99}],
+)  # fmt: skip
+def test_a_state_with_other_content_is_refused_in_a_sentence(spoil: dict, tiny: Tiny) -> None:
+    gpt2_ft.main(tiny.argv("run", "--max_step", 3))
+    path = tiny.folder / "run" / "state.pt"
+    torch.save(torch.load(path, weights_only=True) | spoil, path)
+    with pytest.raises(InputError, match="state.pt") as refused:
+        gpt2_ft.main(tiny.argv("run", "--max_step", 3, "--resume", "auto"))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
 def test_a_run_waits_for_a_process_that_is_still_ending(tiny: Tiny) -> None:

@@ -48,7 +48,7 @@ def train(tiny: Tiny, work_dir: Path, *flags: str) -> Path:
 
 def test_samples_norms_and_settings_are_on_tensorboard(tiny: Tiny, tmp_path: Path) -> None:
     folder = train(tiny, tmp_path / "run", "--valid_samples=2")
-    events = EventAccumulator(str(folder / "tensorboard"), {"tensors": 0})
+    events = EventAccumulator(str(folder / "tensorboard" / "run"), {"tensors": 0})
     events.Reload()
     tags = events.Tags()
     norms = [tag for tag in tags["scalars"] if tag.startswith("update_norm/")]
@@ -59,7 +59,7 @@ def test_samples_norms_and_settings_are_on_tensorboard(tiny: Tiny, tmp_path: Pat
     assert samples == ["samples/1/text_summary", "samples/2/text_summary"]
     text = events.Tensors(samples[0])[0].tensor_proto.string_val[0].decode()
     assert "**context**" in text and "**output**" in text and "**reference**" in text
-    assert events.Scalars("valid/best_loss")
+    assert events.Scalars("loss/best")
 
 
 def test_watching_changes_no_byte_of_the_adapter(tiny: Tiny, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from data.convert_e2e import e2e_rows
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer
 from model import GPT2Config, GPT2LMModel
 from optimizer import OptimizerSettings, create_adam_optimizer_from_args, create_optimizer_scheduler
-from training.run import AverageMeter, Run
+from training.resume import State
+from training.run import Run
 from training.setup import from_flags, prepare
 
 FOLDERS = (".", "loralib", "common", "checkpoints", "training", "decoding", "data", "eval")
@@ -153,7 +154,7 @@ def test_a_step_reports_the_token_mean_and_the_norm_before_clipping(
     real = gpt2_ft.optimizer_step
     monkeypatch.setattr(gpt2_ft, "optimizer_step", lambda *a: results.append(real(*a)))
     clipped = step_gradients(run, [[0, 1], [2]])
-    ((loss, counted, norm),) = results
+    ((_, loss, counted, norm),) = results
     assert loss == pytest.approx(expected, abs=1e-6)
     assert counted == float(mask.sum())
     assert norm > 0.01
@@ -232,10 +233,67 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_file(
 ) -> None:
     run = make_run(tiny, "--max_bad_steps", 3, "--save_interval", 1)
     spoil_backward(run, set(range(2 * good, 1000)))
-    named = "model.4.safetensors" if good else "Nothing was saved"
+    named = "model.3.safetensors" if good else "Nothing was saved"
     with pytest.raises(InputError, match=f"3 steps in a row.*{named}"):
         gpt2_ft.train_validate(run, 1)
         gpt2_ft.train_validate(run, 2)
+
+
+def test_tensors_that_are_not_finite_are_never_saved_and_the_last_good_file_stays(
+    tiny: Tiny,
+) -> None:
+    """One step at a rate of 1e30 leaves finite tensors that no step can follow, and then none."""
+    rates = ["--scheduler", "cycle", "--i_steps", "0,4,5", "--i_lrs", "0.01,0.01,1e30"]
+    argv = tiny.argv("run", *rates, "--save_interval", 1, "--keep_last", 1, "--eval_interval", 99)
+    with pytest.raises(InputError, match="not finite.*lower --lr.*The last good file is ") as end:
+        gpt2_ft.main([*argv, "--max_bad_steps", "3"])
+    good = Path(str(end.value).rsplit(" ", 1)[1])
+    for path in (tiny.folder / "run").glob("*.safetensors"):
+        tensors = load_file(path)
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values()), path
+    header, _ = checkpoints.read_adapter(good)
+    run = make_run(tiny)
+    state = State.read(tiny.folder / "run" / "state.pt")
+    assert all(torch.isfinite(tensor).all() for tensor in state.trained.values())
+    assert header.step <= state.step
+    checkpoints.apply_trained(run.model, load_file(good), "good")
+    assert math.isfinite(gpt2_ft.optimizer_step(run, [[0, 1]]).norm)
+
+
+def test_logged_losses_are_those_without_smoothing_and_the_optimised_one_has_its_own_name(
+    tiny: Tiny,
+) -> None:
+    flags = ["--lora_dropout", 0, "--label_smooth", 0.3, "--train_batch_size", 21, "--grad_acc", 1]
+    run = make_run(tiny, *flags)
+    logits, labels = [], []
+    for i in range(21):
+        batch = run.train.batch([i])
+        own, _ = run.model(batch.input_ids[None])
+        logits.append(own[0, batch.counted])
+        labels.append(batch.targets)
+    every, right = torch.cat(logits).detach(), torch.cat(labels)
+    gpt2_ft.main(tiny.argv("run", *flags, "--max_step", 3, "--warmup_step", 0))
+    records = log_of(tiny.folder / "run")
+    first = records[0]
+    assert first["loss"] == pytest.approx(float(F.cross_entropy(every, right)), abs=1e-5)
+    smoothed = F.cross_entropy(every, right, label_smoothing=0.3)
+    assert first["smoothed_loss"] == pytest.approx(float(smoothed), abs=1e-5)
+    assert first["ppl"] == pytest.approx(math.exp(first["loss"]))
+    assert abs(first["smoothed_loss"] - first["loss"]) > 0.001
+
+
+@pytest.mark.parametrize("interval, steps", [(100, [1, 6, 12]), (4, [1, 4, 6, 8, 12])])
+def test_the_first_step_and_the_last_of_each_epoch_are_always_logged(
+    interval: int, steps: list[int], tiny: Tiny
+) -> None:
+    gpt2_ft.main(tiny.argv("run", "--log_interval", interval))
+    train = [record for record in log_of(tiny.folder / "run") if record["kind"] == "train"]
+    assert [record["step"] for record in train] == steps
+
+
+def log_of(folder: Path) -> list[dict]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_validation_is_the_unsmoothed_token_mean_for_any_batch_size_and_call(tiny: Tiny) -> None:
@@ -330,19 +388,10 @@ def test_bf16_trains_near_fp32(tiny: Tiny) -> None:
     losses = []
     for flags in ([], ["--bf16"]):
         run = make_run(tiny, *flags)
-        steps = [gpt2_ft.optimizer_step(run, rows)[0] for rows in run.sampler.steps(1)]
+        steps = [gpt2_ft.optimizer_step(run, rows).loss for rows in run.sampler.steps(1)]
         losses.append(torch.tensor(steps))
     assert (losses[0] - losses[1]).abs().max() < 0.05
     assert not torch.equal(*losses)
-
-
-def test_average_meter_is_a_weighted_mean() -> None:
-    meter = AverageMeter()
-    meter.update(1.0, 3)
-    meter.update(5.0)
-    assert (meter.sum, meter.count) == (8.0, 4)
-    meter.reset()
-    assert (meter.sum, meter.count) == (0, 0)
 
 
 def test_every_module_imports_without_a_warning() -> None:

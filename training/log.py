@@ -1,6 +1,7 @@
 """What a run leaves in its work_dir for people: run.json, log.jsonl, TensorBoard."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,6 +20,13 @@ from training import trackers
 if TYPE_CHECKING:  # it takes a second to import, and only rank 0 needs it
     from torch.utils.tensorboard import SummaryWriter
 
+# TensorBoard orders groups by the alphabet; equal tags of training and validation share a chart.
+TAGS = {
+    "loss": "loss/loss", "ppl": "loss/perplexity", "smoothed_loss": "loss/smoothed_loss",
+    "lr": "lr/lr", "tokens_per_second": "speed/tokens_per_second",
+    "peak_memory_gb": "speed/peak_memory_gb", "grad_norm": "update/gradient_norm",
+}  # fmt: skip
+BEST_LOSS, UPDATE_NORM = "loss/best", "update_norm"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,7 +62,7 @@ class RunLog:
     def __init__(self, work_dir: Path) -> None:
         self.work_dir = work_dir
         self.file: IO | None = None
-        self.writer: SummaryWriter | None = None
+        self.writers: dict[str, SummaryWriter] = {}
         self.csv = False
         self.wandb: Any = None
         self.bar = tqdm(disable=True)
@@ -81,7 +89,9 @@ class RunLog:
         try:
             with self._reporting():
                 self.file = path.open("a", encoding="utf-8")
-                self.writer = SummaryWriter(self.work_dir / "tensorboard", purge_step=step + 1)
+                for kind, ending in (("train", ""), ("valid", "-valid")):
+                    folder = self.work_dir / "tensorboard" / (self.work_dir.resolve().name + ending)
+                    self.writers[kind] = SummaryWriter(folder, purge_step=last[kind] + 1)
             yield
         finally:
             self._close()
@@ -101,7 +111,7 @@ class RunLog:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self.file.flush()
             for name, value in values.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+                self.writers[kind].add_scalar(TAGS[name], value, step)
         if self.csv:
             trackers.write_csv(self.work_dir / "log.jsonl", self.work_dir / "log.csv")
         if self.wandb:
@@ -109,17 +119,17 @@ class RunLog:
 
     def show(self, step: int, numbers: dict[str, float], texts: dict[str, str]) -> None:
         """Put on TensorBoard, by their tags, what is no record."""
-        if self.writer is None:
+        if self.file is None:
             return
         with self._reporting():
             for tag, number in numbers.items():
-                self.writer.add_scalar(tag, number, step)
+                self.writers["train"].add_scalar(tag, number, step)
             for tag, text in texts.items():
-                self.writer.add_text(tag, text, step)
+                self.writers["train"].add_text(tag, text, step)
 
     def show_settings(self, settings: dict[str, object], result: str) -> None:
-        """Put settings on TensorBoard's page of hyper-parameters, beside the scalar `result`."""
-        if self.writer is None:
+        """Put settings on TensorBoard's page of hyper-parameters, with the scalar `result`."""
+        if self.file is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
@@ -130,18 +140,23 @@ class RunLog:
         experiment, start, _ = hparams(plain, {result: None})
         with self._reporting():
             for summary in (experiment, start):
-                self.writer.file_writer.add_summary(summary)
+                self.writers["train"].file_writer.add_summary(summary)
+
+    def sync(self) -> None:
+        """Let what was recorded so far outlast a power cut."""
+        if self.file is not None:
+            with self._reporting():
+                os.fsync(self.file.fileno())
 
     def _close(self) -> None:
         self.bar.close()
         with self._reporting():
-            if self.file is not None:
-                self.file.close()
-            if self.writer is not None:
-                self.writer.close()
+            for open_file in (self.file, *self.writers.values()):
+                if open_file is not None:
+                    open_file.close()
         if self.wandb:
             self.wandb.finish()
-        self.file = self.writer = None
+        self.file, self.writers = None, {}
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:

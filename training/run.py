@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -51,20 +52,25 @@ class RunSettings:
     keep_last: int
 
 
-class AverageMeter:
-    """The sum and the count of a weighted mean since the last `reset`."""
+@dataclass
+class Interval:
+    """What one rank has seen since training was last logged: sums over its counted tokens, the
+    norm of the last gradient, and how many tokens passed in how many seconds."""
 
-    def __init__(self) -> None:
-        self.reset()
+    loss: float = 0.0  # without smoothing
+    smoothed_loss: float = 0.0  # as it is optimised
+    count: float = 0.0
+    norm: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.sum = self.count = 0.0
-
-    def update(self, value: float, n: float = 1) -> None:
-        """Count `value` `n` times."""
-        self.sum += value * n
-        self.count += n
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> "Interval":
+        """Return the interval that a state holds; an older one has the smoothed sum alone."""
+        if "interval" in saved:
+            return cls(**saved["interval"])
+        loss, count = saved["meter"]["sum"], saved["meter"]["count"]
+        return cls(loss=loss, smoothed_loss=loss, count=count)
 
 
 @dataclass
@@ -74,7 +80,8 @@ class Run:
     `flags` holds the value of every flag, as run.json keeps them; the loop reads `settings` and
     `plan`. `step` counts updates, `batches_taken` the global batches taken from the data: more,
     where a step had to be skipped. `no_better` counts validations since the best one. `last_save`
-    holds `step` and `validated_step` of the last save, `saved_at` its time. `signal` is what this
+    holds `step` and `validated_step` of the last save, `saved_at` its time; `good_step` is the step
+    of the last save that a finite step followed, -1 for none. `signal` is what this
     process was sent, `stopping` and `save_due` what all ranks agreed on.
     """
 
@@ -100,11 +107,12 @@ class Run:
     validated_step: int = -1
     last_save: tuple[int, int] = (-1, -1)
     saved_at: float = field(default_factory=time.monotonic)
+    good_step: int = -1
     save_due: bool = False
     bad_steps: int = 0
     signal: int = 0
     stopping: bool = False
-    average: AverageMeter = field(default_factory=AverageMeter)
+    interval: Interval = field(default_factory=Interval)
 
     @property
     def epoch(self) -> int:
@@ -119,7 +127,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.step == self.plan.max_step or self.out_of_patience
+        return self.step >= self.plan.max_step or self.out_of_patience
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -135,6 +143,19 @@ class Run:
     def adapter_path(self, name: int | str) -> Path:
         """Return `model.{name}.safetensors` in the work_dir; the name is a step, or best."""
         return self.settings.work_dir / f"model.{name}.safetensors"
+
+    @property
+    def replaced_best_path(self) -> Path:
+        """Where the best adapter that the saved state names waits once there is a better one."""
+        return self.settings.work_dir / ".model.best.replaced.safetensors"
+
+
+def write_best(run: Run) -> None:
+    """Write the best adapter; the one before stays until a state that names this one is saved."""
+    best = run.adapter_path("best")
+    if run.runtime.rank == 0 and best.is_file() and not run.replaced_best_path.is_file():
+        best.replace(run.replaced_best_path)
+    write_adapter(run, "best")
 
 
 def write_adapter(run: Run, name: int | str) -> None:

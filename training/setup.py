@@ -26,11 +26,17 @@ from optimizer import (
     create_optimizer_scheduler,
 )
 from training.log import RunLog
-from training.resume import check_settings, restore
+from training.resume import State, check_equal_ranks, check_settings, flat, restore
 from training.run import Plan, Run, RunSettings
 
 T = TypeVar("T")
 DEFAULT_EPOCHS = 5
+
+# Flags that a rank may have to itself: the same files may have other paths on another machine.
+OWN_OF_A_RANK = {
+    "rank", "local_rank", "device", "work_dir", "train_data", "valid_data", "init_checkpoint",
+    "vocab", "resume", "dist_timeout", "platform",
+}  # fmt: skip
 
 # Two runs that agree in these, in their data and in their base give the same adapter.
 RESULT_SETTINGS = [
@@ -69,7 +75,7 @@ RESULT_SETTINGS = [
 ]
 
 
-def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: dict | None) -> Run:
+def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: State | None) -> Run:
     """Return the run that the flags describe, put back to `state` if there is one."""
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
     base = None if args.init_checkpoint == "none" else checkpoints.read_base(args.init_checkpoint)
@@ -80,6 +86,10 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: d
     fingerprint = base.fingerprint if base else checkpoints.base_fingerprint(model.state_dict())
     data = train.rows.source.sha256
     header = describe_adapter(args, plan, model, tokenizer, fingerprint, data)
+    flags = resolved_flags(args, runtime, plan, work_dir, model)
+    shared = {name: value for name, value in flags.items() if name not in OWN_OF_A_RANK}
+    valid_data = valid.rows.source.sha256 if valid else None
+    check_equal_ranks(runtime, shared | flat(header) | {"valid_data": valid_data})
     if state is not None and not args.resume_anyway:
         check_settings(state, header)
     model.transformer.gradient_checkpointing = args.gradient_checkpointing
@@ -95,7 +105,7 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: d
         runtime=runtime,
         settings=from_flags(RunSettings, args, work_dir=work_dir),
         plan=plan,
-        flags=resolved_flags(args, runtime, plan, work_dir, model),
+        flags=flags,
         model=runtime.wrap(model),
         optimizer=optimizer,
         scheduler=scheduler,
@@ -108,7 +118,8 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: d
         tokenizer=tokenizer,
     )
     if state is not None:
-        restore(run, state)
+        source = work_dir if args.resume == "auto" else Path(args.resume)
+        restore(run, state, source)
     return run
 
 
@@ -222,7 +233,7 @@ def load_data(
     return train, load(args.valid_data) if args.valid_data else None
 
 
-def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: dict | None) -> Plan:
+def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: State | None) -> Plan:
     """Return the plan of a run over so many rows. It keeps the global batch of a resumed run where
     the number of processes has changed.
 
@@ -230,9 +241,9 @@ def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: dic
         InputError: this number of processes cannot make that global batch.
     """
     per_micro_batch, grad_acc = args.train_batch_size * runtime.world_size, args.grad_acc
-    if state is not None and len(state["ranks"]) != runtime.world_size:
-        before = state["header"]["settings"]["global_batch"]
-        if before % per_micro_batch:
+    if state is not None and len(state.ranks) != runtime.world_size:
+        before = (state.header.settings or {}).get("global_batch", 0)
+        if not before or before % per_micro_batch:
             raise InputError(
                 f"--resume: the run has a global batch of {before}, which {runtime.world_size} "
                 f"processes of --train_batch_size {args.train_batch_size} cannot make; change one"

@@ -13,6 +13,7 @@ import gpu
 import loralib as lora
 from data_utils import Row
 from decoding.beam_search import SearchSettings, beam_search
+from training.log import BEST_LOSS, TAGS, UPDATE_NORM
 from training.run import Run
 
 SAMPLE_TOKENS, SAMPLE_REFERENCES = 64, 3
@@ -29,7 +30,7 @@ def show_settings(run: Run) -> None:
     """Put the settings of a run on the page of hyper-parameters, beside its best validation loss,
     or the last training loss where nothing is validated."""
     own = {name: run.flags[name] for name in SHOWN_SETTINGS} | {"kind": run.header.kind}
-    run.log.show_settings(own, "valid/best_loss" if run.valid else "train/loss")
+    run.log.show_settings(own, BEST_LOSS if run.valid else TAGS["loss"])
 
 
 def show_validation(run: Run) -> None:
@@ -37,8 +38,8 @@ def show_validation(run: Run) -> None:
     if run.runtime.rank:
         return
     norms = update_norms(gpu.unwrap(run.model))
-    numbers = {f"update_norm/{name}": norm for name, norm in norms.items()}
-    run.log.show(run.step, numbers | {"valid/best_loss": run.best_loss}, sample_texts(run))
+    numbers = {f"{UPDATE_NORM}/{name}": norm for name, norm in norms.items()}
+    run.log.show(run.step, numbers | {BEST_LOSS: run.best_loss}, sample_texts(run))
 
 
 def update_norms(model: nn.Module) -> dict[str, float]:

@@ -37,10 +37,15 @@ GPT2_VOCABULARY = 50257
 GPT2_END_IDS = (50256, 628)  # end of text, blank line
 
 
-def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
-    """sha256 over the entries and their ids: equal for equal vocabularies, whatever the files."""
-    entries = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(entries.encode()).hexdigest()
+def vocabulary_fingerprint(tokenizer: Tokenizer, with_merges: bool = True) -> str:
+    """sha256 over the entries, their ids and the merges: equal for equal vocabularies, whatever the
+    files. Older headers hold that of the entries alone."""
+    content: object = tokenizer.get_vocab()
+    if with_merges:
+        merges = json.loads(tokenizer.to_str())["model"]["merges"]
+        pairs = [m if isinstance(m, str) else " ".join(m) for m in merges]
+        content = {"entries": content, "merges": pairs}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def default_end_ids(tokenizer: Tokenizer | None, vocab_size: int = 0) -> list[int]:

@@ -31,7 +31,6 @@ from checkpoints.base import (
 from checkpoints.header import AdapterHeader
 from common.errors import InputError
 from common.files import replacing
-from data_utils import vocabulary_fingerprint
 from loralib import LoraConfig
 from model import ALL_TARGETS, LORA_TARGETS, GPT2LMModel
 
@@ -258,7 +257,7 @@ def check_vocabulary(
     trained with."""
     base.check_vocabulary(tokenizer, folder)
     trained = header and header.vocabulary
-    if trained and trained.sha256 != vocabulary_fingerprint(tokenizer):
+    if trained and not trained.is_of(tokenizer):
         raise InputError(f"--vocab {folder} is not the one that --adapter was trained with")
 
 

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from tokenizers import Tokenizer
+
 from common.errors import InputError
+from data_utils import vocabulary_fingerprint
 from loralib import KINDS, LoraConfig
 from model import LORA_TARGETS
 
@@ -36,6 +39,16 @@ class Vocabulary:
 
     size: int
     sha256: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+        """Return what a header says of this vocabulary."""
+        return cls(tokenizer.get_vocab_size(), vocabulary_fingerprint(tokenizer))
+
+    def is_of(self, tokenizer: Tokenizer) -> bool:
+        """Whether it is this vocabulary; an older fingerprint, of the entries alone, counts."""
+        known = (vocabulary_fingerprint(tokenizer, merges) for merges in (True, False))
+        return self.sha256 in known
 
 
 @dataclass(frozen=True)

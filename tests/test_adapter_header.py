@@ -1,6 +1,7 @@
 """The header of an adapter file: written and read back equal, and every bad field refused."""
 
 import copy
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -8,16 +9,18 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import FUZZ
+from conftest import FUZZ, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoints
 from checkpoints import AdapterHeader, Base, Vocabulary
 from common.errors import InputError
+from data_utils import load_tokenizer
 from loralib import KINDS, LoraConfig
 from model import LORA_TARGETS
 
+NANO = ROOT / "data" / "nano"
 TARGETS = st.lists(st.sampled_from(list(LORA_TARGETS)), min_size=1, unique=True).map(tuple)
 COUNTS = st.integers(0, 2**63 - 1)
 NAMES = st.text(max_size=20)
@@ -28,7 +31,7 @@ CONFIGS = st.builds(
     alpha=st.floats(1e-6, 1e6) | st.integers(1, 1000),
     dropout=st.floats(0, 0.99),
     targets=TARGETS,
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(list(KINDS)),
     rslora=st.booleans(),
 )
 COMMON = {
@@ -156,3 +159,24 @@ def test_a_header_that_is_no_object_is_refused() -> None:
     for text in ("[]", "1", "null", '"x"'):
         with pytest.raises(InputError, match="no good format"):
             AdapterHeader.from_json(text, "--adapter a")
+
+
+def test_a_vocabulary_with_half_its_merges_is_another_and_old_fingerprints_are_known(
+    tmp_path: Path,
+) -> None:
+    whole = load_tokenizer(NANO)
+    lines = (NANO / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "vocab.json").write_bytes((NANO / "vocab.json").read_bytes())
+    (tmp_path / "merges.txt").write_text("".join(lines[: len(lines) // 2]), encoding="utf-8")
+    half = load_tokenizer(tmp_path)
+    assert whole.encode("The Green Owl").ids != half.encode("The Green Owl").ids
+    vocabulary = Vocabulary.of(whole)
+    assert vocabulary.is_of(whole) and not vocabulary.is_of(half)
+    entries = json.dumps(whole.get_vocab(), sort_keys=True)  # as headers were first written
+    old = Vocabulary(2048, hashlib.sha256(entries.encode()).hexdigest())
+    assert old.is_of(whole) and old != vocabulary
+    header = AdapterHeader(LoraConfig(), Base("nano"), vocabulary=vocabulary)
+    base = checkpoints.read_base(NANO)
+    checkpoints.check_vocabulary(whole, "nano", base, header)
+    with pytest.raises(InputError, match="--vocab half is not the one that --adapter was trained"):
+        checkpoints.check_vocabulary(half, "half", base, header)

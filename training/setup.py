@@ -17,7 +17,7 @@ import loralib as lora
 from checkpoints import AdapterHeader, Base, BaseWeights, Vocabulary
 from common.errors import InputError
 from common.text_files import check_shareable
-from data_utils import EpochSampler, FT_Dataset, load_tokenizer, vocabulary_fingerprint
+from data_utils import EpochSampler, FT_Dataset, load_tokenizer
 from gpu import Runtime
 from model import GPT2Config, GPT2LMModel
 from optimizer import (
@@ -309,16 +309,13 @@ def describe_adapter(
     read from.
     """
     resolved = vars(args) | asdict(plan)
-    vocabulary = tokenizer and Vocabulary(
-        tokenizer.get_vocab_size(), vocabulary_fingerprint(tokenizer)
-    )
     columns = {"fields": args.fields} if args.fields else {}
     return AdapterHeader(
         lora=model.config.lora,
         base=Base(Path(args.init_checkpoint).name, fingerprint),
         method=method_of(args),
         model_card=checkpoints.card_of(model.state_dict()),
-        vocabulary=vocabulary,
+        vocabulary=tokenizer and Vocabulary.of(tokenizer),
         seed=args.random_seed,
         train_data=train_data,
         settings={name: resolved[name] for name in RESULT_SETTINGS} | columns,

@@ -68,7 +68,11 @@ def _parser() -> Parser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parsed arguments; `metrics` becomes a tuple of official names, `asked` says who chose it."""
+    """The arguments.
+
+    Raises:
+        InputError: one is unknown, out of its range, or does not go with another.
+    """
     args = _parser().parse_args(argv)
     from_files = args.references and args.hypotheses and not (args.data or args.predictions)
     from_data = args.data and args.predictions and not (args.references or args.hypotheses)
@@ -80,12 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and value < (0 if flag == "bootstrap" else 1):
             raise InputError(f"--{flag} {value} is too small; give a positive number")
-    inputs = ("data", "predictions", "references", "hypotheses", "inputs", "compare")
-    for flag in ("json", "report", "write_hypotheses"):
-        if output := getattr(args, flag):
-            check_output(f"--{flag}", output, {f"--{name}": getattr(args, name) for name in inputs})
-    args.asked = args.metrics is not None
-    args.metrics = named_metrics(args.task, args.metrics)
+    named_metrics(args.task, args.metrics)
     return args
 
 
@@ -96,10 +95,10 @@ def named_metrics(task: str, given: str | None) -> tuple[str, ...]:
         InputError: the task has no metric of such a name.
     """
     official = {name.lower(): name for name in METRICS[task]}
-    wanted = (given or ",".join(official)).lower().replace("-", "_").split(",")
-    if unknown := [name for name in wanted if name not in official]:
+    asked = (given or ",".join(official)).lower().replace("-", "_").split(",")
+    if unknown := [name for name in asked if name not in official]:
         raise InputError(f"--metrics {', '.join(unknown)}: task {task} has {', '.join(official)}")
-    return tuple(name for low, name in official.items() if low in wanted)
+    return tuple(name for low, name in official.items() if low in asked)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -155,11 +154,11 @@ def _load_files(args: argparse.Namespace) -> tuple[list[Item], list[list[str]]]:
 
 
 def _scores(
-    measured: Measured, system: int, wanted: tuple[str, ...], chosen: list[int] | None = None
+    measured: Measured, system: int, metrics: tuple[str, ...], chosen: list[int] | None = None
 ) -> dict[str, float | None]:
     """The scores of a system on all items, or on the `chosen` ones."""
     measures, items = measured.systems[system], slice(None) if chosen is None else chosen
-    return {name: measures[name].score(items) if name in measures else None for name in wanted}
+    return {name: measures[name].score(items) if name in measures else None for name in metrics}
 
 
 def _of_texts(items: list[Item], outputs: list[str], measures: dict[str, Measure]) -> dict:
@@ -168,13 +167,13 @@ def _of_texts(items: list[Item], outputs: list[str], measures: dict[str, Measure
     return said | ({"slots": counts_of(measures["SER"])} if "SER" in measures else {})
 
 
-def _subsets(items: list[Item], measured: Measured, wanted: tuple[str, ...]) -> dict:
+def _subsets(items: list[Item], measured: Measured, metrics: tuple[str, ...]) -> dict:
     parts = {}
     for name, flag in (("seen", True), ("unseen", False)):
         chosen = [i for i, item in enumerate(items) if item.seen is flag]
         if chosen:
             references = sum(len(items[i].references) for i in chosen)
-            scores = _scores(measured, 0, wanted, chosen)
+            scores = _scores(measured, 0, metrics, chosen)
             parts[name] = {"items": len(chosen), "references": references, "scores": scores}
     return parts
 
@@ -198,7 +197,7 @@ def _resample(result: dict, measured: Measured, samples: int) -> None:
 
 def result_of(
     task: str,
-    wanted: tuple[str, ...],
+    metrics: tuple[str, ...],
     items: list[Item],
     systems: list[list[str]],
     measured: Measured,
@@ -212,24 +211,24 @@ def result_of(
     references = [item.references for item in items]
     counts = [len(texts) for texts in references]
     result: dict[str, Any] = {
-        "scores": _scores(measured, 0, wanted),
+        "scores": _scores(measured, 0, metrics),
         "task": task,
         "items": len(items),
         "references": sum(counts),
         "references_per_item": [min(counts), max(counts)],
         "references_left_out": left_out,
         "reasons": measured.reasons,
-        "sacrebleu": sacrebleu_scores(references, systems[0], wanted, tokenize),
+        "sacrebleu": sacrebleu_scores(references, systems[0], metrics, tokenize),
     }
     if tokenize:
         result["tokenize"] = tokenize
     if "METEOR" in measured.systems[0]:
         result["meteor"] = {"version": coco.METEOR_VERSION, "flags": coco.METEOR_FLAGS}
     result |= _of_texts(items, systems[0], measured.systems[0])
-    if parts := _subsets(items, measured, wanted):
+    if parts := _subsets(items, measured, metrics):
         result["subsets"] = parts
     if len(systems) > 1:
-        other = _scores(measured, 1, wanted)
+        other = _scores(measured, 1, metrics)
         differences = {name: result["scores"][name] - other[name] for name in measured.systems[0]}
         result["compare"] = {"scores": other, "differences": differences}
         result["compare"] |= _of_texts(items, systems[1], measured.systems[1])
@@ -252,21 +251,21 @@ def evaluate(args: argparse.Namespace) -> dict:
         items = texts.limit_references(items, args.ref_num)
     references = [item.references for item in items]
     contexts = [item.context for item in items]
-    wanted = args.metrics
-    if not args.asked and not any(contexts):
-        wanted = tuple(name for name in wanted if name not in OF_INPUTS)
+    metrics = named_metrics(args.task, args.metrics)
+    if args.metrics is None and not any(contexts):
+        metrics = tuple(name for name in metrics if name not in OF_INPUTS)
     texts.warn_of_unspaced(references, args.tokenize)
-    if "CIDEr" in wanted and len(items) < 2:
+    if "CIDEr" in metrics and len(items) < 2:
         warn("CIDEr of fewer than two items is 0, however good they are")
     if args.write_references:
         official.write_references(args.write_references, items, args.task)
     if args.write_hypotheses:
         official.write_hypotheses(args.write_hypotheses, systems[0])
     with coco.Meteor() as meteor:
-        measured = measure(args.task, references, systems, wanted, meteor, contexts, args.tokenize)
+        measured = measure(args.task, references, systems, metrics, meteor, contexts, args.tokenize)
         result = result_of(
             args.task,
-            wanted,
+            metrics,
             items,
             systems,
             measured,
@@ -290,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     result = evaluate(args)
     print(tables.table(result))
     print(f"{time.perf_counter() - start:.1f} s")
-    return 1 if args.asked and result["reasons"] else 0
+    return 1 if args.metrics is not None and result["reasons"] else 0
 
 
 if __name__ == "__main__":

@@ -116,14 +116,14 @@ def measure(
     task: str,
     references: list[list[str]],
     systems: list[list[str]],
-    wanted: Iterable[str],
+    names: Iterable[str],
     meteor: coco.Meteor,
     contexts: Sequence[str] | None = None,
     tokenize: str | None = None,
 ) -> Measured:
     """Measure each system (one text per item) against the references (texts by item).
 
-    `wanted` are names from `METRICS[task]`; a metric that cannot score these texts, or that the
+    `names` are some of `METRICS[task]`; a metric that cannot score these texts, or that the
     contexts (one per item) do not fit, gets a reason in place of measures; without contexts the
     metrics `OF_INPUTS` are left out. `meteor` must stay open while METEOR's measures are in use.
     `tokenize` names the tokens of BLEU and NIST and the words of chrF++, if not those of the task.
@@ -134,16 +134,16 @@ def measure(
     _check(references, systems)
     makers = MAKERS[task](references, meteor, tokenize)
     if contexts is None:
-        wanted = [name for name in wanted if name not in OF_INPUTS]
+        names = [name for name in names if name not in OF_INPUTS]
     else:
         makers |= _makers_of_inputs(contexts)
     measures: dict[str, list[Measure]] = {}
     reasons: dict[str, str] = {}
-    if "METEOR" in wanted:
+    if "METEOR" in names:
         # Loads its tables while the other metrics are computed; a failure shows on its first use.
         with suppress(coco.JavaError):
             meteor.start()
-    for name in sorted(wanted, key=lambda name: name == "METEOR"):
+    for name in sorted(names, key=lambda name: name == "METEOR"):
         try:
             measures[name] = [makers[name](hypotheses) for hypotheses in systems]
         except Unscored as error:
@@ -201,12 +201,12 @@ def segment_scores(
 def sacrebleu_scores(
     references: list[list[str]],
     hypotheses: list[str],
-    wanted: Iterable[str],
+    names: Iterable[str],
     tokenize: str | None = None,
 ) -> dict[str, dict[str, float | str]]:
     """sacreBLEU's own BLEU and chrF++ with its default settings, BLEU by the tokens of `tokenize`,
-    as fractions, each with the signature under which it can be cited, where they are `wanted`
-    (its TER takes minutes)."""
+    as fractions, each with the signature under which it can be cited, where they are among the
+    `names` (its TER takes minutes)."""
     from sacrebleu.metrics import BLEU, CHRF
 
     classes = {
@@ -214,7 +214,7 @@ def sacrebleu_scores(
         "chrF++": lambda: CHRF(word_order=2),
     }
     scores = {}
-    for name in [name for name in wanted if name in classes]:
+    for name in [name for name in names if name in classes]:
         metric = classes[name]()
         score = metric.corpus_score(hypotheses, webnlg.by_position(references)).score / 100
         scores[name] = {"score": score, "signature": str(metric.get_signature())}

@@ -195,10 +195,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments; `predictions` becomes name → file, `metrics` a tuple of official names.
+    """The arguments.
 
     Raises:
-        InputError: an argument is unknown or out of its range.
+        InputError: one is unknown or out of its range.
     """
     args = build_parser().parse_args(argv)
     for flag, least in (("ref_num", 1), ("bootstrap", 0)):
@@ -209,15 +209,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(
             f"--predictions names {len(args.predictions)} files; the page shows one or two systems"
         )
-    args.predictions = named_files(args.predictions)
-    args.metrics = evaluate.named_metrics(args.task, args.metrics)
+    named_files(args.predictions)
+    evaluate.named_metrics(args.task, args.metrics)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse_args(argv)
-    files = args.predictions
+    files = named_files(args.predictions)
+    metrics = evaluate.named_metrics(args.task, args.metrics)
     check_output("--html", args.html, {"--data": args.data} | files)
     items, systems = evaluate.load_data(
         args.task, args.data, files.values(), args.vocab, args.fields
@@ -232,11 +233,9 @@ def main(argv: list[str] | None = None) -> None:
     contexts = [item.context for item in items]
     texts.warn_of_unspaced(references, args.tokenize)
     with coco.Meteor() as meteor:
-        measured = measure(
-            args.task, references, systems, args.metrics, meteor, contexts, args.tokenize
-        )
+        measured = measure(args.task, references, systems, metrics, meteor, contexts, args.tokenize)
         result = evaluate.result_of(
-            args.task, args.metrics, items, systems, measured,
+            args.task, metrics, items, systems, measured,
             samples=args.bootstrap, tokenize=args.tokenize,
         )  # fmt: skip
         shown = content(items, systems, measured, result, about)

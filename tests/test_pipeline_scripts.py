@@ -333,3 +333,12 @@ def test_slurm_warns_before_the_time_limit(checkout: Path) -> None:
     assert len(signals) == 1
     name, seconds = signals[0].split("@")
     assert name == "TERM" and int(seconds) > 30
+
+
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(checkout: Path) -> None:
+    done = run_script(checkout, "scripts/kill_and_resume.sh")
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, resuming, whole, killed, verdict = done.stdout.splitlines()
+    assert resuming.startswith("Resuming after step ")
+    assert 10 <= int(resuming.rpartition(" ")[2]) < 30
+    assert whole.split()[0] == killed.split()[0] and verdict == "The same bytes."

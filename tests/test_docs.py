@@ -30,7 +30,8 @@ LEFT_OUT = {
     "bash scripts/test.sh tests/test_loralib.py": "the same",
     "bash scripts/test.sh -k beam": "the same",
     "bash scripts/download_vocab.sh": "tests/test_downloads.py",
-    "bash scripts/download_pretrained_checkpoints.sh gpt2": "tests/test_pretrained.py",
+    "bash scripts/kill_and_resume.sh": "tests/test_pipeline_scripts.py",
+    "bash scripts/test.sh tests/test_oracles.py": "this is one of them",
     "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/webnlg.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/dart.sh": "tests/test_pipeline_scripts.py",
@@ -97,7 +98,7 @@ def made_small(command: str) -> str:
     program = next((name for name in TINY if name in command), None)
     if program:
         given, more = TINY[program]
-        if program == "gpt2_beam.py" and "--data" not in command:
+        if program == "gpt2_beam.py" and not {"--data", "--prompt"} & set(command.split()):
             given += " --data my/test.jsonl"
         if "--train_data" in command:
             given = given.replace("--train_data my/train.jsonl ", "")

@@ -1,1 +1,1 @@
-"""Speed beside transformers, peft and the original code."""
+"""Speed compared with transformers, peft and the original code."""

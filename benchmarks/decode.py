@@ -1,4 +1,4 @@
-"""Decoding speed beside transformers' generate, on the same contexts, in one run.
+"""Decoding speed compared with transformers' generate, on the same contexts, in one run.
 
     python -m benchmarks.decode                     gpt2.sm with random weights: all 64 steps
     python -m benchmarks.decode --size small        4 layers, 256 wide, trained here: texts end
@@ -29,7 +29,7 @@ RULES = {
     "beam": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "eval_len": 64,
     "end_ids": [50256, 628],
 }  # fmt: skip
-# Seconds a context of the original, which takes one at a time, over those of transformers, from a
+# Seconds per context of the original, which takes one at a time, over those of transformers, from a
 # run of both on this kind of CPU: random gpt2.sm, and a small trained model.
 ORIGINAL_OVER_TRANSFORMERS = {
     "sm": {"one": 50.1 / 10.3, "batch": 50.1 / 5.4},
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--size", choices=common.SIZES, default="sm", help="default: %(default)s")
     add("--rounds", type=int, default=3, help="in which every peer has its turn (default: 3)")
-    add("--contexts", type=int, default=16, help="distinct ones a round (default: %(default)s)")
+    add("--contexts", type=int, default=16, help="distinct ones per round (default: %(default)s)")
     add("--batch", type=int, default=8, help="contexts at once (default: %(default)s)")
     add("--beam", type=int, default=10, help="default: %(default)s")
     add("--eval_len", type=int, default=64, help="most generated tokens (default: %(default)s)")
@@ -68,7 +68,7 @@ def write_trained_base(args: argparse.Namespace, path: Path) -> None:
 
 
 def time_peers(settings: dict, path: Path, contexts: list[list[int]]) -> dict:
-    """Seconds a context of each peer and round, sequences that differ, and peak memory."""
+    """Seconds per context of each peer and round, sequences that differ, and peak memory."""
     count, rss, differ, peaks = settings["contexts"], {}, 0, []
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def time_peers(settings: dict, path: Path, contexts: list[list[int]]) -> dict:
             )
             differ += sum(a != b for a, b in pairs)
             times = ", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in NAMES)
-            print(f"round {number + 1}: {times} a context; {differ} sequences differ")
+            print(f"round {number + 1}: {times} per context; {differ} sequences differ")
     return {"seconds": seconds, "gflops": peaks, "rss": rss, "differ": differ}
 
 

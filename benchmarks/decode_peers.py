@@ -64,7 +64,7 @@ def transformers(settings: dict) -> Work:
         ids = pad_sequence(rows, True, rules["end_ids"][0], padding_side="left")
         real = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
         texts = model.generate(ids, attention_mask=real, **options)[:, ids.size(1) :].tolist()
-        return [cut_behind_end(text, rules["end_ids"]) for text in texts]
+        return [cut_after_end(text, rules["end_ids"]) for text in texts]
 
     def work(contexts: list[list[int]]) -> dict:
         started = perf_counter()
@@ -79,8 +79,8 @@ def transformers(settings: dict) -> Work:
     return work
 
 
-def cut_behind_end(tokens: list[int], end_ids: list[int]) -> list[int]:
-    """Without the padding behind the end token."""
+def cut_after_end(tokens: list[int], end_ids: list[int]) -> list[int]:
+    """The tokens without the padding after the end token."""
     ends = [place for place, token in enumerate(tokens) if token in end_ids]
     return tokens[: ends[0] + 1] if ends else tokens
 

@@ -23,7 +23,7 @@ REPEATS = 5
 
 
 def convolved(h: Tensor, b: Tensor) -> Tensor:
-    """B as a kernel (out, r, 1) of a 1-d convolution with one group a part, along the tokens."""
+    """B as a kernel (out, r, 1) of a 1-d convolution with one group per part, along the tokens."""
     return F.conv1d(h.T[None], b[..., None], groups=PARTS)[0].T
 
 
@@ -33,7 +33,7 @@ def dense(h: Tensor, b: Tensor) -> Tensor:
 
 
 def apart(h: Tensor, b: Tensor) -> Tensor:
-    """A product a part, as `loralib.MergedLinear` does it."""
+    """One product per part, as `loralib.MergedLinear` does it."""
     pairs = zip(h.chunk(PARTS, -1), b.chunk(PARTS), strict=True)
     return torch.cat([h_i @ b_i.T.contiguous() for h_i, b_i in pairs], -1)
 

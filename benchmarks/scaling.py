@@ -79,7 +79,7 @@ def make_cases(size: str) -> dict[Case, Callable[[], object]]:
 
 
 def time_cases(cases: dict[Case, Callable[[], object]], rounds: int) -> dict[Case, list[float]]:
-    """Seconds of each, all in turns, behind a round that warms up."""
+    """Seconds of each, all in turns, after a round that warms up."""
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     for number in range(rounds + 1):
         for case, work in cases.items():

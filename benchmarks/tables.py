@@ -12,7 +12,7 @@ def spread(values: dict[str, float], digits: int = 2, sign: str = "") -> str:
 
 
 def train_rows(result: dict) -> list[list[str]]:
-    """One row a peer."""
+    """One row per peer."""
     rows = []
     for name, peer in result["peers"].items():
         error = result["gate"]["errors"].get(name)
@@ -29,7 +29,7 @@ def train_rows(result: dict) -> list[list[str]]:
 
 
 def decode_rows(result: dict) -> list[list[str]]:
-    """One row a peer."""
+    """One row per peer."""
     rows = []
     for name, peer in result["peers"].items():
         faster = result["ours_faster"].get(name)
@@ -60,7 +60,7 @@ def derived_rows(result: dict, blanks: int) -> list[list[str]]:
 
 
 def grouped_conv_rows(result: dict) -> list[list[str]]:
-    """One row a width and rank."""
+    """One row per width and rank."""
     return [
         [f"gpt2.{case['size']}", str(case["rank"]), *map(spread, case["milliseconds"].values())]
         for case in result["cases"]
@@ -68,7 +68,7 @@ def grouped_conv_rows(result: dict) -> list[list[str]]:
 
 
 def scaling_rows(result: dict) -> list[list[str]]:
-    """One row a thing that is varied: its values, milliseconds of each, and of each per unit."""
+    """One row per varied quantity: its values, milliseconds of each, and of each per unit."""
     rows = []
     for kind, what in dict.fromkeys((case["kind"], case["what"]) for case in result["cases"]):
         own = [c for c in result["cases"] if (c["kind"], c["what"]) == (kind, what)]

@@ -1,4 +1,4 @@
-"""Training speed beside transformers + peft and the original, on the same samples, in one run.
+"""Training speed of this repository, transformers + peft and the original, on the same samples.
 
     python -m benchmarks.train                   gpt2.sm;  --size small: 4 layers, 256 wide
     LORA_ORIGINAL=LoRA/examples/NLG/src python -m benchmarks.train      the original code too
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=7, help="in which every peer has its turn (default: 7)")
     add("--steps", type=int, default=2, help="per peer and round (default: %(default)s)")
     add("--gate_steps", type=int, default=50, help="whose losses are compared (default: 50)")
-    add("--batch", type=int, default=8, help="rows a step (default: %(default)s)")
+    add("--batch", type=int, default=8, help="rows per step (default: %(default)s)")
     add("--rank", type=int, default=4, help="default: %(default)s")
     add("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     add("--name", help="of the result file (default: train-SIZE)")
@@ -55,15 +55,15 @@ def write_adapter(shape: dict[str, int], rank: int, path: Path) -> None:
 
 
 def needed_flop(shape: dict[str, int], data: FT_Dataset, rows: list[int]) -> float:
-    """Of the matrix products that a step cannot do without: forward and gradient by the input, real
-    tokens only, counted ones only behind the last attention, nothing before the first adapter."""
+    """The operations of the matrix products that a step needs: forward and gradient by the input,
+    real tokens only (after the last attention the counted ones), nothing before the first adapter."""
     items = [data[row] for row in rows]
     counted = sum(int(item["mask"].sum()) for item in items)
     real = sum(int(item["mask"].nonzero()[0][-1]) + 1 for item in items)
     width, layers = shape["n_embd"], shape["n_layer"]
-    attention, behind = 3 * width**2, 9 * width**2
-    weights = real * (layers * attention + (layers - 1) * behind)
-    weights += counted * (behind + width * shape["vocab_size"])
+    attention, after = 3 * width**2, 9 * width**2
+    weights = real * (layers * attention + (layers - 1) * after)
+    weights += counted * (after + width * shape["vocab_size"])
     return 2 * (2 * weights - real * attention)
 
 

@@ -25,7 +25,7 @@ def e2e_rows(path: str) -> Iterator[Row]:
 
 
 def pair_rows(path: str, text: str) -> Iterator[Row]:
-    """One row a line `context||completion`."""
+    """One row per line `context||completion`."""
     for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
         context, bar, completion = line.strip().partition("||")
         if not bar:
@@ -34,7 +34,7 @@ def pair_rows(path: str, text: str) -> Iterator[Row]:
 
 
 def csv_rows(path: str, text: str) -> Iterator[Row]:
-    """One row a record; the references keep their spelling (the other form is tokenised)."""
+    """One row per record; the references keep their spelling (the other form is tokenised)."""
     for line, record in csv_records(path, text):
         try:
             context = context_of(parse_meaning(record["mr"]))

@@ -50,13 +50,13 @@ def realise(domain: Domain, values: dict[str, str], rng: Random) -> str:
     for _ in range(1000):
         text = choose(rng.choice(domain.texts), rng)
         while OPTION.search(text):
-            text = OPTION.sub(lambda match: kept(match[1], values), text)
+            text = OPTION.sub(lambda match: given(match[1], values), text)
         if set(SLOT.findall(text)) == set(values):
             return tidy(SLOT.sub(lambda match: worded(domain, values, match[1], rng), text))
     raise ValueError(f"no text of the domain says exactly {list(values)}")
 
 
-def kept(option: str, values: Collection[str]) -> str:
+def given(option: str, values: Collection[str]) -> str:
     """The optional part, or nothing where it needs a slot that has no value."""
     return option if set(SLOT.findall(option)) <= set(values) else ""
 
@@ -98,7 +98,7 @@ def rows(
             yield {"context": context, "completion": text}
 
 
-# file: domains, contexts, references of a context at most
+# file: domains, contexts, most references of a context
 SAMPLE_FILES = {
     "test": ([RESTAURANTS], 50, 8),
     "valid": ([RESTAURANTS], 50, 3),

@@ -29,7 +29,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:
-    """Write one JSON object a line, all or nothing; returns how many."""
+    """Write one JSON object per line, all or nothing; returns how many."""
     count = 0
     with replacing(path) as file:
         for count, row in enumerate(rows, 1):  # noqa: B007

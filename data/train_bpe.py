@@ -1,6 +1,6 @@
 """A vocabulary: `python -m data.train_bpe [TEXT.jsonl] [--out data/nano] [--entries 2048]`.
 
-A byte-level BPE of so many entries in the files of GPT-2's vocabulary (vocab.json, merges.txt),
+A byte-level BPE, in the files of GPT-2's vocabulary (vocab.json, merges.txt),
 trained on the text of a base. `<|endoftext|>` has the last id, as in GPT-2. Deterministic.
 """
 

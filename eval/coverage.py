@@ -1,5 +1,5 @@
 """What can be said of any outputs without patterns: which values of their contexts they state, how
-varied their words are, and how long they are beside the references."""
+varied their words are, and how long they are compared with the references."""
 
 import re
 from collections.abc import Sequence

@@ -5,7 +5,7 @@
     python -m eval.evaluate --task e2e --references refs.txt --hypotheses hyp.txt --json out.json
     python -m eval.evaluate --task webnlg --references STEM --hypotheses hyp.txt
 
-Exit code 0; 1 if a metric named with --metrics has no score; 2 for an input that must be mended.
+Exit code 0; 1 if a metric named with --metrics has no score; 2 for an input that needs mending.
 docs/metrics.md says how each number arises.
 """
 
@@ -162,7 +162,7 @@ def _scores(
 
 
 def _of_texts(items: list[Item], outputs: list[str], measures: dict[str, Measure]) -> dict:
-    """What is said of a system's texts beside their scores."""
+    """What is said of a system's texts in addition to their scores."""
     said: dict = {"texts": variety([item.references for item in items], outputs)}
     return said | ({"slots": counts_of(measures["SER"])} if "SER" in measures else {})
 

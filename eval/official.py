@@ -1,6 +1,6 @@
 """The text files that the official scorers read.
 
-E2E: references one a line, an empty line after each item's; outputs one a line. WebNLG and DART:
+E2E: one reference per line, an empty line after each item's; one output per line. WebNLG and DART:
 files STEM0, STEM1, ... with one reference of each item, where an item with fewer repeats its first.
 """
 
@@ -27,7 +27,7 @@ def _lines(path: str | Path) -> list[str]:
 
 
 def read_hypotheses(path: str | Path) -> list[str]:
-    """One output a line; an empty line is an empty output."""
+    """One output per line; an empty line is an empty output."""
     return _lines(path)
 
 
@@ -104,5 +104,5 @@ def write_references(path: str | Path, items: list[Item], task: str) -> list[str
 
 
 def write_hypotheses(path: str | Path, hypotheses: list[str]) -> None:
-    """Write one output a line."""
+    """Write one output per line."""
     _write(path, "".join(f"{text}\n" for text in hypotheses))

@@ -45,7 +45,7 @@ def _cells(result: dict, name: str) -> dict[str, str]:
 
 
 def _of_texts(whose: str, part: dict) -> list[str]:
-    """What `result_of` says of a system's texts beside their scores, in lines."""
+    """What `result_of` says of a system's texts in addition to their scores, in lines."""
     said = part["texts"]
     lines = [
         f"{whose}texts: distinct-1 {said['distinct_1']:.4f}, distinct-2 {said['distinct_2']:.4f}, "

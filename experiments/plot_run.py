@@ -35,7 +35,7 @@ def read_scores(folder: Path) -> Scores:
 
 
 def draw_curves(axes: list["Axes"], color: str, name: str, folder: Path) -> None:
-    """One run's curves on the axes of `CURVES`: training a line, validation dots."""
+    """One run's curves on the axes of `CURVES`: training as a line, validation as dots."""
     records = read_json_lines(folder / "log.jsonl")
     for own, field in zip(axes, CURVES, strict=True):
         for kind, label, style in (("train", name, "-"), ("valid", None, "o:")):

@@ -1,9 +1,9 @@
-"""Kills training runs at random instants, lets them go on, and compares what they end with.
+"""Kills training runs at random instants, resumes them, and compares what they end with.
 
     python -m experiments.soak --steps 2000 --kills 20
 
 A run is first left alone, on one process and on two. Then the same run is killed again and again,
-by -9 or TERM, and goes on by `--resume auto` or by torchrun's own restarts. Where a tmpfs can be
+by -9 or TERM, and resumed by `--resume auto` or by torchrun's own restarts. Where a tmpfs can be
 mounted (as root) it also runs on a disk that is always too full. Prints one table; exit code 1
 where bytes differ. What is drawn follows from --seed; when it strikes, from the machine's speed,
 too: some lives end before training starts, so that there are fewer starts than stops.
@@ -32,7 +32,7 @@ ENDS_BY_TERM = (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # done, after a save,
 
 @dataclass
 class Soak:
-    """A training run that is stopped and goes on; its words are gathered beside its folder."""
+    """A training run that is stopped and resumed; it prints into a file next to its folder."""
 
     folder: Path
     output: Path
@@ -68,7 +68,7 @@ class Soak:
         return log.stat().st_size if log.exists() else 0
 
     def wait(self, process: subprocess.Popen, seconds: float = float("inf")) -> bool:
-        """Whether the process ended within so many seconds.
+        """Whether the process ended within that time.
 
         Raises:
             SystemExit: it hangs: it wrote no record for `LONGEST_SILENCE` seconds.
@@ -195,7 +195,7 @@ def report(name: str, soak: Soak, equal: bool | None) -> None:
 
 
 def soak_processes(folder: Path, rows: Path, count: int, args: argparse.Namespace) -> bool:
-    """The undisturbed and the killed run on so many processes; whether they end the same."""
+    """The undisturbed and the killed run on `count` processes; whether they end the same."""
     names = [f"{kind}{count}" for kind in ("whole", "killed")]
     whole, killed = (
         Soak(folder / name, folder / f"{name}.txt", rows, count, args.steps) for name in names

@@ -5,7 +5,7 @@ each.
 
 Each run adapts the mini base (`python -m data.make_base mini`) to E2E by 1,000 steps of batch 8,
 decodes the 630 test inputs and scores them; its JSON goes to results/e2e-mini/, its files to
-runs/sweep/. What is done is skipped, what was stopped goes on. `--dry_run` lists both.
+runs/sweep/. What is done is skipped, what was stopped is resumed. `--dry_run` lists both.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def settings_of(group: str) -> Iterator[Setting]:
 
 
 def write_splits() -> None:
-    """Training rows in one order for all runs, of which each takes the first so many, and the
-    first validation rows."""
+    """Training rows in one order for all runs, of which each takes as many as it needs from the
+    start, and the first validation rows."""
     if not (DATASET / "train.jsonl").is_file():
         subprocess.run(["bash", "scripts/create_datasets.sh", "e2e"], cwd=ROOT, check=True)
     rows = (DATASET / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -221,10 +221,10 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.groups) - set(groups):
         raise InputError(f"{unknown.pop()} is no group of runs; name {', '.join(groups)}")
-    wanted = dict.fromkeys(s for group in args.groups for s in settings_of(group))
-    missing = [setting for setting in wanted if not setting.result.exists()]
+    chosen = dict.fromkeys(s for group in args.groups for s in settings_of(group))
+    missing = [setting for setting in chosen if not setting.result.exists()]
     if args.dry_run:
-        for setting in wanted:
+        for setting in chosen:
             print(f"{setting.name}: {'to be run' if setting in missing else 'done'}")
         return 0
     if not (ROOT / BASE["init_checkpoint"]).is_file():

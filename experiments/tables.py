@@ -50,8 +50,8 @@ def mean_sd(values: list[float | None], factor: float = 1, digits: int = 2) -> s
 
 def runs_of(results: list[dict], setting: Setting) -> list[dict]:
     """The runs that differ from `setting` in nothing but their seed."""
-    wanted = (setting.kind, setting.adapter_rank, setting.rows, setting.targets)
-    return [r for r in results if (r["kind"], r["rank"], r["rows"], r["targets"]) == wanted]
+    own = (setting.kind, setting.adapter_rank, setting.rows, setting.targets)
+    return [r for r in results if (r["kind"], r["rank"], r["rows"], r["targets"]) == own]
 
 
 def score_cells(runs: list[dict]) -> list[str]:

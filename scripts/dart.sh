@@ -2,7 +2,7 @@
 # DART v1.1.1 with LoRA: Hu et al. 2021 (arXiv 2106.09685), appendix, row "GPT-2 M (LoRA)", r 4 on
 # q, v, without dropout, smoothing or decay. 62,659 rows, less any without a text, 5 epochs of 7,833
 # steps, 39,165 in all; 393,216 trained parameters; 4,159 test inputs. The published numbers count at
-# most six references an input (ref_num_6); the scores with all of them are printed beside.
+# most six references per input (ref_num_6); the scores with all of them are printed as well.
 #
 # Expect, with GPT-2 medium: BLEU 47.1 +- .2, METEOR .39, TER .46 (the paper, three seeds). AdaMix's
 # authors (arXiv 2205.12410) reran it: 47.35, TER .47.

@@ -12,10 +12,10 @@
 #   sbatch scripts/slurm.sh --work_dir runs/e2e --train_data ... --init_checkpoint ...
 #   sbatch --nodes=1 --gpus-per-node=1 scripts/slurm.sh ...      sbatch's own flags come first
 #
-# What stands behind it goes to gpt2_ft.py. One torchrun a node, which meet on the first node by
+# The arguments go to gpt2_ft.py. One torchrun per node, which meet on the first node by
 # c10d; NPROC processes each (the node's GPUs, or 1). A worker that dies is started again with all
 # others, MAX_RESTARTS=3 times. Three minutes before its time is up the job gets SIGTERM, finishes
-# its step and saves; the same command again goes on from there, and may be queued in advance with
+# its step and saves; the same command again resumes from there, and may be queued in advance with
 #   sbatch --dependency=singleton scripts/slurm.sh ...
 # The environment is made once, where there is a network: source scripts/venv.sh requirements.txt
 set -euo pipefail

@@ -2,7 +2,7 @@
 # WebNLG 2017 with LoRA: Hu et al. 2021 (arXiv 2106.09685), appendix, row "GPT-2 M (LoRA)", r 4 on
 # q, v. 18,025 rows, 5 epochs of 2,254 steps, 11,270 in all; 393,216 trained parameters; 1,862 test
 # inputs, 891 of them of categories unseen in training. The published numbers count at most six
-# references an input (ref_num_6); the scores with all of them are printed beside.
+# references per input (ref_num_6); the scores with all of them are printed as well.
 #
 # Expect, with GPT-2 medium: BLEU all 55.3 +- .2, seen 62.1 +- .2, unseen 46.7 +- .4; METEOR all .41,
 # TER all .39 (the paper, three seeds). AdaMix's authors (arXiv 2205.12410) reran it: 55.37, TER .39.

@@ -1,8 +1,8 @@
 """What both benchmarks share: data, peers in processes of their own, statistics, the result file.
 
 A peer is `python -m benchmarks.NAME_peers PEER SETTINGS.json`. It reads one JSON request per line
-and answers each with one JSON line: `losses` or `outputs`, `seconds`, `rss` (peak, MB). Only one peer
-works at a time, in rounds, so that whatever else the machine does falls on all of them alike.
+and answers each with one JSON line: `losses` or `outputs`, `seconds`, `rss` (peak, MB). Only one
+peer works at a time, in rounds, so that whatever else the machine does falls on all of them alike.
 """
 
 import json

@@ -56,7 +56,7 @@ def write_adapter(shape: dict[str, int], rank: int, path: Path) -> None:
 
 def needed_flop(shape: dict[str, int], data: FT_Dataset, rows: list[int]) -> float:
     """The operations of the matrix products that a step needs: forward and gradient by the input,
-    real tokens only (after the last attention the counted ones), nothing before the first adapter."""
+    real tokens only (after the last attention those in the loss), none before the first adapter."""
     items = [data[row] for row in rows]
     counted = sum(int(item["mask"].sum()) for item in items)
     real = sum(int(item["mask"].nonzero()[0][-1]) + 1 for item in items)

@@ -8,16 +8,12 @@ all tokens (`--obj jlm`). Deterministic.
 
 import argparse
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from common.errors import run
 from data.rows import Row, write_jsonl
 from data_utils import load_tokenizer, read_rows
-from errors import run
 
 LENGTH = 160
 OPEN_ROWS = 64  # of a row that more than these came after, the rest stays empty

@@ -17,19 +17,15 @@ import argparse
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from common.errors import InputError, run
 from data.convert_dart import dart_rows
 from data.convert_e2e import e2e_rows
 from data.download import MANIFEST, fetch
 from data.rows import Row, read_json, read_text, write_jsonl
-from errors import InputError, run
 
 RAW = Path(__file__).resolve().parents[1] / "data_raw"
 VALID_SHARE = 200  # one input in so many is for validation
@@ -49,7 +45,8 @@ RNNLG_SLOTS = {
     "screensize": "screen size", "powerconsumption": "power consumption",
 }  # fmt: skip
 PROPER = ("name", "area", "near", "address", "family", "food")  # slots written with capitals
-UNFINISHED = re.compile(r"\b(dont_?care|has_|%s)\b" % "|".join(set(RNNLG_SLOTS) - {"type"}))
+RAW_SLOTS = "|".join(slot for slot in RNNLG_SLOTS if slot != "type")
+UNFINISHED = re.compile(rf"\b(dont_?care|has_|{RAW_SLOTS})\b")
 
 
 def normalised(text: str) -> str:

@@ -1,14 +1,14 @@
-"""Make a base anew: `python -m data.make_base nano` or `mini`.
+"""Make a base anew: `python -m data.make_base nano` or `mini`, each as it is shipped.
 
-nano  what the repository ships, 3.8 M parameters on generated text, into data/nano (15 to 20
-      minutes on one CPU core)
-mini  for experiments, 5.1 M parameters on WebNLG and DART without E2E, into runs/mini (about 35
-      minutes on two cores); it is not to be passed on: WebNLG's licence is for non-commercial use
+nano  3.8 M parameters on generated text, into data/nano (15 to 20 minutes on one CPU core): what
+      the sample and the tests start from
+mini  5.1 M parameters on Schema-Guided Dialogue, RNNLG and DART, without E2E and WebNLG, into
+      data/mini (hours on one CPU core; docs/base.md): what the experiments on E2E start from
 
 Makes the text, trains the vocabulary on it, trains the model from random weights with the
 repository's own trainer, and stores it as fp16 under Hugging Face's names. Text and vocabulary come
-out byte for byte; the weights do on the same kind of processor, where OMP_NUM_THREADS=1, the
-default for nano, keeps the order of every sum. Stopped and started again, it goes on.
+out byte for byte; the weights do on the same kind of processor, as OMP_NUM_THREADS=1 keeps the
+order of every sum. Stopped and started again, it resumes.
 """
 
 import argparse
@@ -29,27 +29,40 @@ COMMON = {
     "init_checkpoint": "none",
     "lora_dim": 0,
     "obj": "jlm",
+    "train_batch_size": 8,
     "valid_batch_size": 16,
-    "lr": 1e-3,
     "label_smooth": 0,
     "clip": 1,
     "eval_interval": 500,
     "save_interval": 500,
     "random_seed": 1,
 }
-# Of each base: the command for its text, its folder, its vocabulary, what its training adds.
+# Of each base: the command for its text, its vocabulary, how long packed rows are (0: a row is one
+# pair), what its training adds.
 BASES = {
     "nano": {
         "text": ["-m", "data.generate", "--base"],
-        "folder": "data/nano",
         "entries": 2048,
-        "recipe": {"seq_len": 128, "train_batch_size": 8, "max_step": 3000, "warmup_step": 200},
+        "packed": 0,
+        "recipe": {"seq_len": 128, "lr": 1e-3, "max_step": 3000, "warmup_step": 200},
+        "flags": [],
     },
     "mini": {
-        "text": ["-m", "data.triples"],
-        "folder": "runs/mini",
+        "text": ["-m", "data.pretraining_text"],
         "entries": 4096,
-        "recipe": {"seq_len": 256, "train_batch_size": 16, "max_epoch": 3, "warmup_step": 300},
+        "packed": 160,
+        "recipe": {
+            "seq_len": 160,
+            "lr": 1.5e-3,
+            "adam_beta2": 0.99,
+            "scheduler": "cycle",
+            "i_steps": "0,300,MID,END",
+            "i_lrs": "0,0.0015,0.0015,0",
+            "max_step": 0,
+            "valid_samples": 0,
+            "keep_last": 2,
+        },
+        "flags": ["--bf16"],
     },
 }
 
@@ -65,17 +78,21 @@ def export(source: Path, target: Path) -> None:
 
 
 def commands(name: str) -> list[list[str]]:
-    """What to run, in order: text, vocabulary, training."""
-    base, work = BASES[name], f"runs/{name}"
-    text, folder, entries = f"{work}/text", base["folder"], str(base["entries"])
+    """What to run, in order: text, vocabulary, packing where the base has it, training."""
+    base, text, folder = BASES[name], f"runs/{name}/text", f"data/{name}"
+    rows, packed = f"{text}/train.jsonl", f"{text}/packed.jsonl"
+    length, entries = str(base["packed"]), str(base["entries"])
     settings = COMMON | base["recipe"] | {
-        "train_data": f"{text}/train.jsonl", "valid_data": f"{text}/valid.jsonl", "vocab": folder,
-        "model_card": f"gpt2.{name}", "work_dir": f"{work}/train", "resume": "auto",
+        "train_data": packed if base["packed"] else rows, "valid_data": f"{text}/valid.jsonl",
+        "vocab": folder, "model_card": f"gpt2.{name}", "work_dir": f"runs/{name}/train",
+        "resume": "auto",
     }  # fmt: skip
+    packing = ["-m", "data.pack", rows, packed, "--vocab", folder, "--length", length]
     return [
         [*base["text"], text],
-        ["-m", "data.train_bpe", f"{text}/train.jsonl", "--out", folder, "--entries", entries],
-        ["gpt2_ft.py", *(f"--{flag}={value}" for flag, value in settings.items())],
+        ["-m", "data.train_bpe", rows, "--out", folder, "--entries", entries],
+        *([packing] if base["packed"] else []),
+        ["gpt2_ft.py", *(f"--{flag}={value}" for flag, value in settings.items()), *base["flags"]],
     ]
 
 
@@ -83,12 +100,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=BASES)
     name = parser.parse_args().name
-    threads = {"OMP_NUM_THREADS": "1"} if name == "nano" else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in commands(name):
-        subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env={**os.environ, **threads}, check=True
-        )
-    target = ROOT / BASES[name]["folder"] / "model.safetensors"
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
+    target = ROOT / "data" / name / "model.safetensors"
     export(find_adapter(f"{ROOT / 'runs' / name / 'train'}:last").path, target)
     print(target)
 

@@ -48,8 +48,8 @@ KINDS: dict[str, tuple[list[str], float]] = {
 }
 BASE = {
     "model_card": "gpt2.mini",
-    "init_checkpoint": "runs/mini/model.safetensors",
-    "vocab": "runs/mini",
+    "init_checkpoint": "data/mini/model.safetensors",
+    "vocab": "data/mini",
 }
 TRAINING = {
     "seq_len": 256, "warmup_step": 100, "eval_interval": 250, "save_interval": 250, "keep_last": 1,

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import run
+from data.encoding import read_rows
 from data.rows import Row, write_jsonl
-from data_utils import load_tokenizer, read_rows
+from data.vocabulary import load_tokenizer
 
 LENGTH = 160
 OPEN_ROWS = 64  # of a row that more than these came after, the rest stays empty

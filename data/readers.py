@@ -122,6 +122,8 @@ class DataFile:
                 yield text.line, parse_json(line)
             except JSONFault as fault:
                 hint = "; an object stands on one line" if line.strip() in "{[" else ""
+                if line.lstrip()[0] not in "{[":
+                    hint = "; if this is a table, its name must end in .csv or .tsv"
                 raise self.error(text.line, 0, f"{fault}{hint}") from fault
 
     def _array(self, text: TextFile) -> Iterator[Located]:
@@ -193,6 +195,8 @@ class DataFile:
                 return delimiter
         # The most telling complaint is that about the most columns.
         self.columns.names, problem = max(problems.values(), key=lambda found: len(found[0]))
+        if head.lstrip()[0] in "{[":
+            problem = "this starts as JSON does, whose name must not end in .csv or .tsv"
         raise self.error(text.line, 0, problem)
 
     # From a row by column to its sides. A ValueError says what is wrong with a cell.

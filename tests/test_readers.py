@@ -270,7 +270,9 @@ BAD = {
     "surrogate": ("a.jsonl", '{"prompt": "\\ud800", "completion": "b"}', "holds a lone surrogate"),
     "ids and text": ("a.jsonl", '{"instruction": [1], "input": "a", "output": "b"}',
                      "instruction + input must all be text to be joined"),
-    "JSON as CSV": ("a.csv", '{"prompt": "a", "completion": "b"}', "line 1: no column"),
+    "JSON as CSV": ("a.csv", PLAIN, "line 1: this starts as JSON does, whose name must not end in"),
+    "CSV as JSON": ("a.jsonl", TABLE, "line 1: not JSON (Expecting value, character 1); if this is "
+                    "a table, its name must end in .csv or .tsv; a row looks like"),
 }  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def read_job(args: argparse.Namespace, runtime: Runtime, sources: Sources) -> Jo
     base = checkpoints.read_base(sources.init_checkpoint)
     adapters = {}
     for task, found in sources.adapters.items():
-        header, tensors = checkpoints.read_adapter(found.path) if found else (None, {})
+        header, tensors = checkpoints.read_adapter(found.path, base) if found else (None, {})
         adapters[task] = Adapter(str(found and found.path), header, tensors)
         if tokenizer is not None:
             checkpoints.check_vocabulary(tokenizer, str(sources.vocab), base, header)

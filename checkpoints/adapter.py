@@ -105,12 +105,15 @@ def _listed(steps: list[int]) -> str:
     return ", ".join(shown if len(shown) < 8 else [*shown[:3], "…", *shown[-3:]])
 
 
-def read_adapter(name: str | Path) -> tuple[AdapterHeader | None, dict[str, Tensor]]:
+def read_adapter(
+    name: str | Path, base: BaseWeights | None = None
+) -> tuple[AdapterHeader | None, dict[str, Tensor]]:
     """Return header and tensors of what `find_adapter` finds. Original `.pt` adapters have no
-    header: None stands in its place."""
+    header: None stands in its place. PEFT's that started from their base cannot be read without
+    that `base`."""
     path, _ = find_adapter(name)
     if path.is_dir():
-        return _read_peft(path)
+        return _read_peft(path, base)
     if path.suffix != ".safetensors":
         return None, canonical_names(read_tensors(path))
     metadata, tensors = read_safetensors(path)
@@ -141,7 +144,7 @@ def _seal(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _read_peft(folder: Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
+def _read_peft(folder: Path, base: BaseWeights | None) -> tuple[AdapterHeader, dict[str, Tensor]]:
     config_path, tensors_path = (folder / name for name in PEFT_FILES)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -157,7 +160,7 @@ def _read_peft(folder: Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
     else:
         tensors = read_tensors(folder / "adapter_model.bin")
     try:
-        return peft_adapter.read(config, tensors, own_header)
+        return peft_adapter.read(config, tensors, own_header, base and base.tensors)
     except InputError as error:
         raise InputError(f"--adapter {folder}: {error}") from error
 
@@ -187,7 +190,7 @@ def load(
             contradicts the header, or a tensor does not fit.
     """
     base = base if isinstance(base, BaseWeights) else read_base(base)
-    header, tensors = read_adapter(adapter) if adapter else (None, {})
+    header, tensors = read_adapter(adapter, base) if adapter else (None, {})
     given = {"lora_dim": lora_dim, "lora_alpha": lora_alpha, "model_card": model_card}
     model = assemble(base, header, tensors, str(adapter), allow_other_base, **given)
     return model.to(device), header

@@ -41,7 +41,7 @@ def load_for_export(
     base: BaseWeights, path: str, vocab: str | None = None, **given: Any
 ) -> LoadedAdapter:
     """Read an adapter of any format; `given` as `checkpoints.load` takes it."""
-    header, read = read_adapter(path)
+    header, read = read_adapter(path, base)
     model = assemble(base, header, read, path, **given)
     own = dict(model.named_parameters())
     names = {name for name in read if name in own} | lora.lora_state_dict(model).keys()

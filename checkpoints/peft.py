@@ -17,48 +17,104 @@ import loralib as lora
 from checkpoints.header import AdapterHeader, Base
 from common.errors import InputError
 from loralib import LoraConfig
-from loralib.peft import Pair, common_rank_and_scaling, from_peft, padded, split_parts, to_peft
+from loralib.peft import (
+    Pair,
+    common_rank_and_scaling,
+    from_peft,
+    padded,
+    split_parts,
+    start_from_base,
+    to_peft,
+)
 from model import LORA_TARGETS, GPT2LMModel
 
 PARTS = "qkv"
 
 
 def read(
-    config: Mapping, tensors: Mapping[str, Tensor], own_header: AdapterHeader | None = None
+    config: Mapping,
+    tensors: Mapping[str, Tensor],
+    own_header: AdapterHeader | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
-    """Header and tensors, as of a file of this repository, for a PEFT adapter of GPT-2.
+    """Return header and tensors, as of a file of this repository, for a PEFT adapter of GPT-2.
 
     The header has no model card and, unless the file was exported here (`own_header`, for which
-    the tensors still must speak), no fingerprint of the base.
+    the tensors still must speak), no fingerprint of the base. `base` has the base's tensors, which
+    an adapter that started from them (PiSSA, OLoRA) cannot be read without.
 
     Raises:
         InputError: the adapter has a setting or a tensor that GPT-2 here has no place for.
     """
     try:
         pairs, biases = from_peft(config, tensors)
-    except (ValueError, KeyError, TypeError) as error:
+        start = start_from_base(config)
+        modules = {name: _module(name) for name in pairs}
+        _check_widths(pairs, modules)
+        starts = {}
+        if start is not None:
+            starts = {name: _start_pair(start, name, pairs[name], base) for name in pairs}
+        owners = []
+        if own_header is not None and (own := own_header.lora):
+            owners = [PARTS.index(t) for t in own.targets if t in PARTS for _ in range(own.r)]
+        targets, layers = _by_target(pairs, modules, owners, whole=start is not None)
+    except ValueError as error:
         raise InputError(f"this PEFT adapter cannot be read: {error}") from error
-    modules = {name: _module(name) for name in pairs}
-    own = own_header.lora if own_header else None
-    owners = (
-        [PARTS.index(t) for t in own.targets if t in PARTS for _ in range(own.r)] if own else []
-    )
-    targets, layers = _by_target(pairs, modules, owners)
     r, scaling = common_rank_and_scaling([p for own in layers.values() for p in own.values()])
+    name = config.get("base_model_name_or_path")
     header = AdapterHeader(
-        lora=_lora_config(config, targets, r, scaling),
-        base=Base(config.get("base_model_name_or_path")),
+        lora=_lora_config(config, targets, r, scaling, start),
+        base=Base(name if isinstance(name, str) else None),
     )
     if own_header is not None and _agree(own_header.lora, header.lora):
         header = own_header
-    return header, _tensors(layers, targets, r, scaling) | biases
+    found = _tensors(layers, targets, r, scaling) | biases
+    for name, pair in starts.items():
+        a, b = padded(pair.a, pair.b * (pair.scaling / scaling), r)
+        found |= {f"{name}.lora_A0": a, f"{name}.lora_B0": b}
+    return header, found
 
 
-def _lora_config(config: Mapping, targets: list[str], r: int, scaling: float) -> LoraConfig:
-    """The settings of the adapter at one rank and scaling; raises InputError."""
+def _start_pair(start: str, name: str, pair: Pair, base: Mapping[str, Tensor] | None) -> Pair:
+    """The product that PEFT took from W0 when the adapter began, as a pair of its rank.
+
+    W0 is (in, out). PiSSA's product is the first r singular directions of W0. OLoRA's is Q R of
+    W0 as it is stored, cut to r columns and rows.
+    """
+    if pair.magnitude is not None:
+        raise ValueError(f"use_dora and init_lora_weights {start!r} together cannot be read")
+    if base is None:
+        raise ValueError(f"init_lora_weights {start!r} changed the base, which is needed, too")
+    weight, r = base.get(f"{name}.weight"), len(pair.a)
+    if weight is None or weight.shape != (pair.a.size(1), len(pair.b)):
+        shape = "no such layer" if weight is None else list(weight.shape)
+        raise ValueError(f"layer {name} does not fit the base, which has {shape}")
+    weight = weight.float()
+    if start == "olora":
+        q, rest = torch.linalg.qr(weight)
+        return Pair(q[:, :r].T, rest[:r].T, pair.scaling)
+    u, values, v = torch.linalg.svd(weight.T, full_matrices=False)
+    root = (values[:r] / pair.scaling).sqrt()
+    return Pair(root[:, None] * v[:r], u[:, :r] * root, pair.scaling)
+
+
+def _check_widths(pairs: Mapping[str, Pair], modules: Mapping[str, str]) -> None:
+    """Raise ValueError unless layers of one kind are of one shape: they will have one rank."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, pair in pairs.items():
+        own = pair.a.size(1), len(pair.b)
+        if shapes.setdefault(modules[name], own) != own:
+            raise ValueError(f"layer {name} is of {own} and others of {shapes[modules[name]]}")
+
+
+def _lora_config(
+    config: Mapping, targets: list[str], r: int, scaling: float, start: str | None
+) -> LoraConfig:
+    """The settings of the adapter at one rank and scaling; raises InputError. Whatever product was
+    taken from the base at the start, PiSSA is the kind that has one."""
     rslora = bool(config.get("use_rslora"))
     alpha, dropout = scaling * (math.sqrt(r) if rslora else r), config.get("lora_dropout", 0.0)
-    kind = "dora" if config.get("use_dora") else "lora"
+    kind = "pissa" if start else "dora" if config.get("use_dora") else "lora"
     try:
         return LoraConfig(r, alpha, dropout, tuple(targets), kind, rslora)
     except ValueError as error:
@@ -76,19 +132,20 @@ def _agree(own: LoraConfig | None, found: LoraConfig | None) -> bool:
 def _module(name: str) -> str:
     module = re.sub(r"^transformer\.(h\.\d+\.)?", "", name)
     if module not in LORA_TARGETS.values():
-        raise InputError(f"this PEFT adapter adapts {name}, for which GPT-2 here has no adapter")
+        raise ValueError(f"it adapts {name}, for which GPT-2 here has no adapter")
     return module
 
 
 def _by_target(
-    pairs: Mapping[str, Pair], modules: Mapping[str, str], owners: list[int]
+    pairs: Mapping[str, Pair], modules: Mapping[str, str], owners: list[int], whole: bool
 ) -> tuple[list[str], dict[str, dict[str, Pair]]]:
-    """Targets in their order, and for each layer its pairs by target."""
+    """Targets in their order, and for each layer its pairs by target; query, key and value apart
+    where that can be, unless they are to be kept whole."""
     parts = {}
     for name, pair in pairs.items():
-        if modules[name] == LORA_TARGETS["c_attn"]:
+        if modules[name] == LORA_TARGETS["c_attn"] and not whole:
             parts[name] = split_parts(pair, len(PARTS), owners)
-    whole = any(split is None for split in parts.values())
+    whole = whole or any(split is None for split in parts.values())
     layers: dict[str, dict[str, Pair]] = {}
     for name, pair in pairs.items():
         if name not in parts or whole:
@@ -141,7 +198,7 @@ def fill_blocks(tensors: dict[str, Tensor], model: GPT2LMModel) -> dict[str, Ten
         layers = {name.rpartition(".")[0] for name in left_out}
         print(f"The PEFT adapter leaves {len(layers)} layers as they are, first {min(layers)}")
     return tensors | {
-        name: torch.zeros_like(t) if name.endswith(("lora_A", "lora_B")) else t
+        name: t if name.endswith("lora_magnitude") else torch.zeros_like(t)
         for name, t in left_out.items()
     }
 

@@ -69,7 +69,7 @@ def check_numbers(r: int, alpha: float, dropout: float) -> None:
     if not (good_rank and good_alpha and isinstance(dropout, int | float) and 0 <= dropout < 1):
         need = "an integer r >= 0, a finite lora_alpha > 0 and 0 <= lora_dropout < 1"
         raise ValueError(
-            f"need {need}, got r={r!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r}"
+            f"need {need}, got r={r!r:.40}, lora_alpha={alpha!r:.40}, lora_dropout={dropout!r:.40}"
         )
 
 

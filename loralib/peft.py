@@ -13,17 +13,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .config import scaling
 from .kinds import rows_by_part
 from .layers import Embedding, Linear, LoRALayer
 from .utils import lora_state_dict
 
 PREFIX = "base_model.model."
-# Settings of PEFT that change what an adapter computes and have no counterpart here.
-FOREIGN = (
-    "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
-    "lora_bias", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
-    "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
+# What `from_peft` reads of a configuration. Of the rest, these say nothing about what a trained
+# adapter computes, as the tensors say it or it is for training alone; any other is refused if set.
+READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora",
+    "use_dora", "init_lora_weights",
+}  # fmt: skip
+WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out", "bias",
+    "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+# Initialisations: those that leave W0 as it is, and those whose start product is taken from W0,
+# which is not in the file but follows from W0. All others change W0 in a way that is lost.
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "mica")
+STARTS_FROM_BASE = ("pissa", "olora")
+LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e9
 
 
 class Pair(NamedTuple):
@@ -131,17 +143,21 @@ def _short_names(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str,
 def from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Pair], dict[str, Tensor]]:
-    """Pairs by layer, and trained biases by name, of a PEFT adapter.
+    """Return pairs by layer, and trained biases by name, of a PEFT adapter.
 
-    ValueError for what is no LoRA, for settings without counterpart, and for unknown tensors.
+    A pair is relative to the base that PEFT had after its initialisation: where `start_from_base`
+    says so, that is another than the base that PEFT was given.
+
+    Raises:
+        ValueError: it is no LoRA, has a setting without counterpart or of another type, or tensors
+            that are unknown or do not fit together; the message names the setting or tensor.
     """
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {config.get('peft_type')!r}; only LORA can be read")
-    if foreign := [key for key in FOREIGN if config.get(key)]:
-        raise ValueError(f"{foreign[0]} is set, which has no counterpart here")
+    check_config(config)
     found: dict[str, dict[str, Tensor]] = {}
     biases = {}
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"tensor {key} holds {tensor.dtype}, not weights")
         name = key.removeprefix(PREFIX)
         match = re.fullmatch(
             r"(.*)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", name
@@ -152,23 +168,102 @@ def from_peft(
             biases[name.replace(".base_layer.", ".")] = tensor
         else:
             raise ValueError(f"tensor {key} is neither part of a LoRA pair nor a bias")
-    if incomplete := [name for name, own in found.items() if not {"A", "B"} <= own.keys()]:
-        raise ValueError(f"layer {incomplete[0]} has only one of lora_A and lora_B")
-    pairs = {
-        name: Pair(own["A"], own["B"], _scaling(config, name, own), own.get("magnitude_vector"))
-        for name, own in found.items()
-    }
-    return pairs, biases
+    if not found:
+        raise ValueError("there are no LoRA tensors")
+    return {name: _pair(config, name, own) for name, own in found.items()}, biases
 
 
-def _scaling(config: Mapping[str, Any], name: str, own: Mapping[str, Tensor]) -> float:
-    r = len(own["A"])
-    if own["B"].dim() != 2 or own["B"].size(1) != r:
-        raise ValueError(f"layer {name}: lora_A {list(own['A'].shape)} and lora_B do not fit")
-    patterns = config.get("alpha_pattern") or {}
-    matching = [key for key in patterns if re.match(rf"(.*\.)?({key})$", name)]
-    alpha = patterns[matching[0]] if matching else config["lora_alpha"]
-    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+def start_from_base(config: Mapping[str, Any]) -> str | None:
+    """Return the initialisation that took its start product from W0, one of STARTS_FROM_BASE."""
+    start = config.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else start
+    return start if start in STARTS_FROM_BASE else None
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting that cannot be honoured, or is of another type."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {config.get('peft_type')!r:.40}; only LORA can be read")
+    for key, value in config.items():
+        if value and key not in READ | WITHOUT_EFFECT:
+            raise ValueError(f"{key:.60} is set, which has no counterpart here")
+    start = config.get("init_lora_weights", True)
+    plain = start is None or (isinstance(start, bool | str) and start in PLAIN_STARTS)
+    if not plain and start_from_base(config) is None:
+        raise ValueError(
+            f"init_lora_weights is {start!r:.40}: its change of the base is not in the file and "
+            "cannot be made again"
+        )
+    _check_values(config)
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a switch, alpha or rank of another type or out of its bounds."""
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key, False), bool | None):
+            raise ValueError(f"{key} is {config[key]!r:.40}, not true or false")
+    alphas, ranks = _pattern(config, "alpha_pattern"), _pattern(config, "rank_pattern")
+    for key, value in {"lora_alpha": config.get("lora_alpha"), **alphas}.items():
+        if not _is_number(value) or not 0 < value <= LARGEST_ALPHA:
+            raise ValueError(f"{key:.60} is {value!r:.40}, not above 0 and at most 1e9")
+    for key, value in {"r": config.get("r"), **ranks}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_RANK:
+            raise ValueError(f"{key:.60} is {value!r:.40}, not a rank from 1 to {LARGEST_RANK}")
+
+
+def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, Mapping):
+        raise ValueError(f"{key} is {pattern!r:.40}, not an object of values by layer")
+    return pattern
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _pair(config: Mapping[str, Any], name: str, own: Mapping[str, Tensor]) -> Pair:
+    """The pair of one layer, its tensors compared with each other and with the configuration."""
+    if not {"A", "B"} <= own.keys():
+        raise ValueError(f"layer {name} has only one of lora_A and lora_B")
+    a, b, magnitude = own["A"], own["B"], own.get("magnitude_vector")
+    shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
+    if a.dim() != 2 or b.dim() != 2 or len(a) != b.size(1) or 0 in (*a.shape, *b.shape):
+        raise ValueError(f"layer {name}: {shapes} do not fit")
+    r = len(a)
+    if r not in (config["r"], *_pattern(config, "rank_pattern").values()):
+        raise ValueError(f"layer {name}: {shapes} have another rank than r and rank_pattern")
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        raise ValueError(f"layer {name} has no magnitudes" if magnitude is None else
+                         f"layer {name} has magnitudes, but use_dora is not set")  # fmt: skip
+    if magnitude is not None:
+        if magnitude.numel() != len(b):
+            raise ValueError(f"layer {name}: magnitudes {list(magnitude.shape)}, {shapes}")
+        magnitude = magnitude.reshape(-1)
+    patterns = _pattern(config, "alpha_pattern")
+    alpha = next((patterns[key] for key in patterns if _names(key, name)), config["lora_alpha"])
+    return Pair(a, b, scaling(r, alpha, bool(config.get("use_rslora"))), magnitude)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """Whether PEFT takes a key of a pattern for the name of a layer: the whole of it, or its end
+    after a dot. A dot in a key stands for any character, as PEFT reads keys as regular expressions.
+
+    Raises:
+        ValueError: the key is a regular expression beyond that, which could take for ever.
+    """
+    match = re.fullmatch(r"(\^?)((?:[\w-]|\\?\.)+)\$?", pattern)
+    if not match:
+        raise ValueError(
+            f"alpha_pattern {pattern!r:.60} is a regular expression; only names of layers are read"
+        )
+    letters = re.findall(r"\\\.|.", match[2])
+    end = layer[-len(letters) :]
+    before = layer[: -len(letters)]
+    fits = len(end) == len(letters) and all(
+        letter == "." or letter[-1] == own for letter, own in zip(letters, end, strict=True)
+    )
+    return fits and (not before or (not match[1] and before.endswith(".")))
 
 
 def split_parts(
@@ -177,6 +272,8 @@ def split_parts(
     """For each of `parts` equal parts of the output its own A_i (r_i, in) and B_i, or None for a
     part that nothing is added to; None for all if some column of B reaches another part than its
     owner, where `owners` names one for each column, or does not reach exactly one part."""
+    if len(pair.b) % parts:
+        raise ValueError(f"lora_B {list(pair.b.shape)} is not {parts} parts of one size")
     blocks = pair.b.view(parts, -1, pair.b.size(1))
     reached = blocks.ne(0).any(dim=1)  # (parts, r)
     if len(owners) == pair.b.size(1):

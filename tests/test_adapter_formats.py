@@ -1,14 +1,19 @@
 """Adapters written for and read from PEFT, transformers and the original code: equal logits."""
 
 import contextlib
+import dataclasses
 import io
 import json
+import random
+import re
+import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_CARD, Tiny, finish, random_base, start
+from conftest import FUZZ, TINY_CARD, Tiny, finish, random_base, start
+from test_adapter_header import mutated
 from test_checkpoint import loaded
 from torch import Tensor
 
@@ -19,6 +24,7 @@ import loralib as lora
 from checkpoints import AdapterHeader, Base
 from checkpoints.export import write_tokenizer
 from common.errors import InputError
+from loralib.peft import READ, WITHOUT_EFFECT
 from model import GPT2Config, GPT2LMModel
 
 peft = pytest.importorskip("peft")
@@ -146,9 +152,8 @@ NATIVE = [
 
 def native(tiny: Tiny, **settings: object) -> tuple[Path, Tensor]:
     """A folder that PEFT wrote, its tensors random, and PEFT's logits."""
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=3, lora_alpha=7, fan_in_fan_out=True, **settings
-    )
+    given = {"r": 3, "lora_alpha": 7} | settings
+    config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **given)
     model = peft.get_peft_model(hf_base(tiny), config).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -170,6 +175,189 @@ def test_what_peft_trained_computes_the_same_here_and_back_in_peft(
     assert error(our_logits(tiny, kept), expected) < 1e-5
     again = convert(tiny, kept, "peft", "again")
     assert error(peft_logits(tiny, again), expected) < 1e-5
+
+
+STARTS = [
+    {"init_lora_weights": "pissa", "target_modules": ["c_attn"]},
+    {"init_lora_weights": "pissa", "target_modules": ["c_attn", "c_fc", "mlp.c_proj"],
+     "use_rslora": True},
+    {"init_lora_weights": "pissa", "target_modules": ["c_attn", "attn.c_proj"],
+     "rank_pattern": {"c_attn": 5}, "alpha_pattern": {"attn.c_proj": 2}},
+    {"init_lora_weights": "pissa", "target_modules": ["c_fc"], "layers_to_transform": [1]},
+    {"init_lora_weights": "olora", "target_modules": ["attn.c_proj"]},
+    {"init_lora_weights": "olora", "target_modules": ["attn.c_proj"], "use_rslora": True,
+     "alpha_pattern": {"h.1.attn.c_proj": 2}},
+    {"init_lora_weights": "gaussian", "target_modules": ["c_attn"]},
+    {"init_lora_weights": "orthogonal", "target_modules": ["c_attn"], "r": 4},
+    {"init_lora_weights": "mica", "target_modules": ["c_attn", "c_fc"]},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", STARTS, ids=str)
+def test_what_peft_takes_from_the_base_at_the_start_is_taken_here(
+    settings: dict, tiny: Tiny
+) -> None:
+    folder, expected = native(tiny, **settings)
+    assert error(peft_logits(tiny, folder), expected) < 1e-4
+    assert error(our_logits(tiny, folder), expected) < 1e-4
+    merged = convert(tiny, folder, "merged", "merged")
+    with torch.no_grad():
+        read = transformers.GPT2LMHeadModel.from_pretrained(merged).eval()
+        assert error(read(IDS).logits, expected) < 1e-4
+    kept = convert(tiny, folder, "safetensors", "kept.safetensors")
+    again = convert(tiny, kept, "peft", "again")
+    assert error(peft_logits(tiny, again), expected) < 1e-4
+    if settings["init_lora_weights"] in ("pissa", "olora"):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        (folder / "adapter_config.json").write_text(
+            json.dumps(config | {"init_lora_weights": True}), encoding="utf-8"
+        )
+        assert error(our_logits(tiny, folder), expected) > 1e-2  # as it was read before
+        with pytest.raises(InputError, match="changed the base, which is needed"):
+            (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+            checkpoints.read_adapter(folder)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "eva", "loftq", "lora_ga", "x", 5, []])
+def test_initialisations_whose_change_of_the_base_is_lost_are_refused_by_name(
+    start: object, tiny: Tiny
+) -> None:
+    folder = convert(tiny, ours(tiny)[0], "peft", "peft")
+    change_config(folder, init_lora_weights=start)
+    with pytest.raises(InputError, match=f"init_lora_weights is {re.escape(repr(start))}"):
+        checkpoints.load(tiny.base, folder)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | changes), encoding="utf-8")
+
+
+def test_every_setting_of_peft_is_honoured_known_or_refused_by_name(tiny: Tiny) -> None:
+    folder = convert(tiny, ours(tiny)[0], "peft", "peft")
+    written = (folder / "adapter_config.json").read_text(encoding="utf-8")
+    expected = our_logits(tiny, folder)
+    names = {field.name for field in dataclasses.fields(peft.LoraConfig)} | {"a_newer_setting"}
+    for name in names - READ:
+        change_config(folder, **{name: ["x"]})
+        if name in WITHOUT_EFFECT:
+            assert torch.equal(our_logits(tiny, folder), expected), name
+        else:
+            with pytest.raises(InputError, match=f"{name} is set, which has no counterpart"):
+                checkpoints.load(tiny.base, folder)
+        for nothing in (None, False, {}, []):
+            change_config(folder, **{name: nothing})
+            assert torch.equal(our_logits(tiny, folder), expected), name
+        (folder / "adapter_config.json").write_text(written, encoding="utf-8")
+
+
+WRONG_VALUES = [
+    ({"lora_alpha": 0}, "lora_alpha is 0"),
+    ({"lora_alpha": -1}, "lora_alpha is -1"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+    ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+    ({"lora_alpha": True}, "lora_alpha is True"),
+    ({"alpha_pattern": {"c_attn": -1}}, "c_attn is -1"),
+    ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]"),
+    ({"alpha_pattern": {"(([a-z.0-9_]+)+)+!": 4}}, "is a regular expression; only names"),
+    ({"rank_pattern": {"c_attn": 10**9}}, "c_attn is 1000000000"),
+    ({"r": 0}, "r is 0"),
+    ({"r": 1000000000}, "r is 1000000000"),
+    ({"r": 7}, "have another rank than r and rank_pattern"),
+    ({"use_dora": True}, "has no magnitudes"),
+    ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+    ({"lora_dropout": 2}, "lora_dropout=2"),
+    ({"peft_type": ["LORA"]}, "peft_type is"),
+    ({"base_model_name_or_path": 5}, None),
+]
+
+
+@pytest.mark.parametrize("changes, message", WRONG_VALUES, ids=str)
+def test_settings_of_another_type_or_out_of_bounds_are_refused(
+    changes: dict, message: str | None, tiny: Tiny
+) -> None:
+    folder = convert(tiny, ours(tiny)[0], "peft", "peft")
+    change_config(folder, **changes)
+    started = time.monotonic()
+    if message is None:
+        checkpoints.load(tiny.base, folder)
+    else:
+        with pytest.raises(InputError, match=message):
+            checkpoints.load(tiny.base, folder)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("pattern, layers", [
+    ("c_attn", (0, 1)), ("attn.c_attn", (0, 1)), ("h.1.attn.c_attn", (1,)),
+    (r"h\.0\.attn\.c_attn", (0,)), ("^transformer.h.1.attn.c_attn", (1,)), ("^c_attn", ()),
+    ("h.0.attn.c_attn$", (0,)), ("_attn", ()), ("ttn.c_attn", ()), ("h.0.attn", ()),
+    ("attn_c_attn", ()), ("h.0xattn.c_attn", ()),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_keys_of_patterns_name_the_layers_that_they_do_in_peft(
+    pattern: str, layers: tuple, tiny: Tiny
+) -> None:
+    names = [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
+    assert [i for i in (0, 1) if re.match(rf"(.*\.)?({pattern})$", names[i])] == list(layers)
+    folder, expected = native(tiny, target_modules=["c_attn"], alpha_pattern={pattern: 14})
+    assert error(our_logits(tiny, folder), expected) < 1e-5
+
+
+LORA_A, LORA_B = (f"base_model.model.transformer.h.0.attn.c_attn.lora_{x}.weight" for x in "AB")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {LORA_A: torch.zeros(4)},
+        {LORA_A: torch.tensor(1.0)},
+        {LORA_B: torch.zeros(47, 4)},
+        {LORA_B: torch.zeros(48, 0)},
+        {LORA_A: torch.zeros(0, 16), LORA_B: torch.zeros(48, 0)},
+        {LORA_A: torch.zeros(4, 17)},
+        {LORA_A: torch.zeros(4, 16).long()},
+    ],
+    ids=str,
+)
+def test_tensors_of_strange_shapes_are_refused(change: dict, tiny: Tiny) -> None:
+    folder = convert(tiny, ours(tiny)[0], "peft", "peft")
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors | change, path)
+    with pytest.raises(InputError, match="native|peft"):
+        checkpoints.load(tiny.base, folder)
+    safetensors.torch.save_file({}, path)
+    with pytest.raises(InputError, match="there are no LoRA tensors"):
+        checkpoints.load(tiny.base, folder)
+
+
+def test_any_content_of_a_peft_folder_is_read_or_refused_in_one_sentence(tiny: Tiny) -> None:
+    folder = convert(tiny, ours(tiny)[0], "peft", "peft")
+    config_path, tensors_path = (folder / name for name in checkpoints.PEFT_FILES)
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config |= {"alpha_pattern": {"h.0.attn.c_attn": 3}, "rank_pattern": {"c_fc": 2}}
+    tensors, loaded = safetensors.torch.load_file(tensors_path), 0
+    strange = [torch.tensor(1.0), torch.zeros(0), torch.zeros(4), torch.zeros(4, 16),
+               torch.zeros(48, 4), torch.zeros(2, 2, 2), torch.zeros(4, 16).half()]  # fmt: skip
+    for seed in range(300 * FUZZ):
+        draw = random.Random(seed)
+        config_path.write_text(json.dumps(mutated(config, draw)), encoding="utf-8")
+        content = dict(tensors)
+        if draw.random() < 0.5:
+            name = draw.choice(list(content))
+            value = content.pop(name)
+            if draw.random() < 0.8:
+                content[draw.choice([name, name + ".x", LORA_A])] = draw.choice([*strange, value])
+        safetensors.torch.save_file(content, tensors_path)
+        try:
+            checkpoints.load(tiny.base, folder)
+            loaded += 1
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+    assert 0 < loaded < 250 * FUZZ
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -22,6 +22,7 @@ unpickled that could run.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
@@ -47,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_card", help=f"{', '.join(MODEL_CARDS)} (default: the adapter's, or the base's)")
     add("--lora_dim", type=int, help="default: the adapter's")
     add("--lora_alpha", type=float, help="default: the adapter's; .pt files do not say it")
+    add(
+        "--base_name",
+        help="the base as PEFT finds it (default: its name on the hub, or path)",
+    )
     add("--scores", help="result of eval.evaluate --json, for the model card")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the export and its card there")
     add("--private", action="store_true", help="make the repository on the hub a private one")
@@ -90,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             model_card=args.model_card,
         )
     output = Path(args.output)
-    written = WRITERS[args.to](adapter, output)
+    written = WRITERS[args.to](replace(adapter, base_name=args.base_name), output)
     name = args.push_to_hub or output.name
     text = card.model_card(adapter.header, args.to, name, origin)
     card_path = write_card(output, text)

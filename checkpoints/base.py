@@ -50,7 +50,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             raise InputError(f"{path} holds neither {' nor '.join(BASE_FILES)}")
         path = found[0]
     if not path.is_file():
-        raise InputError(f"{path} does not exist; scripts/ has the download of GPT-2's weights")
+        names = ", ".join(hub.REPOSITORIES)
+        raise InputError(f"{path} does not exist; give a file, a model folder, or one of {names}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)[1]
     state = read_pickle(path)

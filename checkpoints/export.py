@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import loralib as lora
-from checkpoints import peft
+from checkpoints import hub, peft
 from checkpoints.adapter import PEFT_FILES, assemble, check_vocabulary, read_adapter, save_adapter
-from checkpoints.base import BaseWeights, card_of
+from checkpoints.base import BASE_FILES, BaseWeights, card_of
 from checkpoints.header import AdapterHeader, Base
 from common.errors import InputError
 from common.files import replacing, write_json
@@ -35,6 +35,7 @@ class LoadedAdapter:
     header: AdapterHeader
     tensors: dict[str, Tensor]
     vocab: str | None = None
+    base_name: str | None = None
 
 
 def load_for_export(
@@ -141,11 +142,21 @@ def write_peft(adapter: LoadedAdapter, folder: Path) -> list[Path]:
             f"--to peft: {adapter.header.kind} training has no adapter; give --to merged"
         )
     biases = any(name.endswith("bias") for name in adapter.tensors)
-    config, tensors, metadata = peft.write(adapter.model, adapter.header, biases)
+    name = adapter.base_name or name_for_peft(adapter.base)
+    config, tensors, metadata = peft.write(adapter.model, adapter.header, biases, name)
     config_name, tensors_name = PEFT_FILES
     write_tensors(folder / tensors_name, tensors, metadata)
     write_json(folder / config_name, config)
     return [folder / config_name, folder / tensors_name]
+
+
+def name_for_peft(base: BaseWeights) -> str:
+    """Return where PEFT finds a base: the hub's name of published weights, or the path of its model
+    folder or file."""
+    if name := hub.published_name(base.source):
+        return hub.REPOSITORIES[name]
+    path = Path(base.source).resolve()
+    return str(path.parent if path.name in BASE_FILES else path)
 
 
 def write_merged(adapter: LoadedAdapter, folder: Path) -> list[Path]:
@@ -178,6 +189,7 @@ def write_merged(adapter: LoadedAdapter, folder: Path) -> list[Path]:
     write_json(folder / "config.json", settings)
     written = [folder / "config.json", folder / "model.safetensors"]
     if adapter.vocab:
+        print("Prompt the merged model with context + <|endoftext|>, the form it was trained on")
         return written + write_tokenizer(adapter.vocab, folder, config.n_positions)
     print(f"Without --vocab {folder} has no tokenizer files")
     return written

@@ -19,7 +19,20 @@ FOLDER = Path(__file__).resolve().parents[1] / "pretrained_checkpoints"
 REPOSITORIES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
+ALIASES = {"gpt2-small": "gpt2"}
 FILE = "model.safetensors"
+
+
+def published_name(path: str | Path) -> str | None:
+    """Return the key of REPOSITORIES that a name, or a place where its weights are kept, is of."""
+    name, _, _ = str(path).partition("@")
+    name = ALIASES.get(name, name.removeprefix("openai-community/"))
+    if name in REPOSITORIES:
+        return name
+    folders = {part.rpartition("--")[2] for part in Path(path).parts if part.startswith("models--")}
+    if Path(path).resolve().is_relative_to(FOLDER):
+        folders |= {*Path(path).resolve().relative_to(FOLDER).parts[:1]}
+    return next((name for name in folders if name in REPOSITORIES), None)
 
 
 def find(path: str | Path) -> Path:
@@ -30,6 +43,7 @@ def find(path: str | Path) -> Path:
         InputError: the hub cannot be reached, or the file is not what the hub says it is.
     """
     name, _, revision = str(path).partition("@")
+    name = ALIASES.get(name, name.removeprefix("openai-community/"))
     if Path(path).exists() or name not in REPOSITORIES:
         return Path(path)
     local = FOLDER / name / FILE

@@ -204,14 +204,15 @@ def fill_blocks(tensors: dict[str, Tensor], model: GPT2LMModel) -> dict[str, Ten
 
 
 def write(
-    model: GPT2LMModel, header: AdapterHeader, biases: bool
+    model: GPT2LMModel, header: AdapterHeader, biases: bool, base_name: str
 ) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
-    """Configuration, tensors and file metadata of the PEFT folder for the adapter in `model`."""
+    """Configuration, tensors and file metadata of the PEFT folder for the adapter in `model`, whose
+    base PEFT finds as `base_name`."""
     bias = "none"
     if biases:
         bias = (header.settings or {}).get("train_bias", "all")
     config, tensors = to_peft(model, bias)
-    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": header.base.name}
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name}
     if header.lora and header.kind == "pissa":  # which PEFT holds as LoRA of twice the rank
         r, alpha = 2 * header.lora.r, 2 * header.lora.r * header.lora.scaling
         header = replace(

@@ -21,7 +21,7 @@ import checkpoints
 import convert_adapter
 import gpt2_ft
 import loralib as lora
-from checkpoints import AdapterHeader, Base
+from checkpoints import AdapterHeader, Base, hub
 from checkpoints.export import write_tokenizer
 from common.errors import InputError
 from loralib.peft import READ, WITHOUT_EFFECT
@@ -513,3 +513,31 @@ def test_every_kind_trains_in_mixed_precision_and_converts(kind: str, tiny: Tiny
     run = tiny.folder / "run"
     expected = our_logits(tiny, run)
     assert error(peft_logits(tiny, convert(tiny, run, "peft", "peft")), expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_finds_the_base_of_an_export_by_itself(tiny: Tiny) -> None:
+    base = tiny.folder / "base"
+    hf_base(tiny).save_pretrained(base)
+    adapter, expected = ours(tiny)
+    for given in (base, base / "model.safetensors"):
+        argv = ["--adapter", adapter, "--init_checkpoint", given, "--to", "peft"]
+        convert_adapter.main([str(x) for x in [*argv, "--output", tiny.folder / "peft"]])
+        found = peft.AutoPeftModelForCausalLM.from_pretrained(tiny.folder / "peft").eval()
+        with torch.no_grad():
+            assert error(found(IDS).logits, expected) < 1e-5
+    folder = convert(tiny, adapter, "peft", "named", "--base_name", "someone/gpt2")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "someone/gpt2"
+
+
+@pytest.mark.parametrize("name, published", [
+    ("gpt2-medium", "gpt2-medium"), ("gpt2@main", "gpt2"), ("openai-community/gpt2", "gpt2"),
+    ("gpt2-small", "gpt2"), (hub.FOLDER / "gpt2-xl" / "model.safetensors", "gpt2-xl"),
+    ("/c/hub/models--openai-community--gpt2-large/snapshots/1/model.safetensors", "gpt2-large"),
+    ("mine/gpt2/model.safetensors", None), ("someone/gpt2", None),
+])  # fmt: skip
+def test_published_weights_are_known_by_name_or_by_where_they_are_kept(
+    name: str | Path, published: str | None
+) -> None:
+    assert hub.published_name(name) == published

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, VOCABULARY
 
 import checkpoints
+import convert_adapter
 import decoding
 import gpt2_beam
 import gpt2_ft
@@ -119,3 +120,26 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="2048 entries, more than the model's 64"):
         decoding.generate(model, load_tokenizer(NANO), ["a"])
     assert decoding.generate(checkpoints.load(NANO)[0], load_tokenizer(NANO), []) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_merged_export_answers_in_a_pipeline_what_generate_does_to_the_prompt_it_states(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    argv = ["--adapter", run, "--init_checkpoint", NANO, "--vocab", NANO, "--to", "merged"]
+    convert_adapter.main([str(part) for part in [*argv, "--output", tmp_path / "merged"]])
+    assert "context + <|endoftext|>" in capsys.readouterr().out
+    answer = transformers.pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")
+    model, _ = checkpoints.load(NANO, run)
+    tokenizer = load_tokenizer(NANO)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    greedy = {"beam": 1, "no_repeat_ngram_size": 0, "end_ids": (end,), "search": "hf"}
+    for text in CONTEXTS:
+        [[best]] = decoding.generate(model, tokenizer, [text], eval_len=24, **greedy)
+        (said,) = answer(
+            text + END_OF_TEXT, return_full_text=False, max_new_tokens=24, do_sample=False
+        )
+        assert said["generated_text"].strip() == decoding.text_of(best, tokenizer)
+        (other,) = answer(text, return_full_text=False, max_new_tokens=24, do_sample=False)
+        assert other["generated_text"] != said["generated_text"]

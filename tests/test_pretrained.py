@@ -176,7 +176,7 @@ def test_a_path_that_exists_and_a_name_that_is_not_published_stay_as_they_are(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
-    for name in ("gpt2", "gpt2-small", "./gpt2-xl", "runs/gpt2"):
+    for name in ("gpt2", "gpt2-smal", "./gpt2-xl", "runs/gpt2"):
         assert weights_hub.find(name) == Path(name)
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tiny, finish, start
+from conftest import ROOT, Tiny, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 import gpt2_ft
 from checkpoints import read_adapter
 from common.errors import InputError
+from data_utils import load_tokenizer, vocabulary_fingerprint
 from training import work_dir
 
 # Names of event files that are made in one second are ordered by a count, as text.
@@ -563,3 +564,24 @@ def test_what_a_killed_run_left_half_written_is_deleted_at_the_next_start(tiny: 
     left.write_bytes(b"half")
     gpt2_ft.main(tiny.argv("run", "--max_step", 3, "--resume", "auto"))
     assert not left.exists()
+
+
+def test_a_state_with_the_older_fingerprint_of_its_vocabulary_is_resumed(tmp_path: Path) -> None:
+    nano, run = ROOT / "data" / "nano", tmp_path / "run"
+    lines = (ROOT / "data" / "sample" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:8]) + "\n", encoding="utf-8")
+    argv = [f"--train_data={tmp_path / 'train.jsonl'}", f"--vocab={nano}", "--seq_len=128"]
+    argv += [f"--init_checkpoint={nano}", f"--work_dir={run}", "--warmup_step=0", "--device=cpu"]
+    gpt2_ft.main([*argv, "--max_epoch=2", "--max_step=2", "--train_batch_size=4"])
+    state = torch.load(run / "state.pt", weights_only=True)
+    old = vocabulary_fingerprint(load_tokenizer(nano), with_merges=False)
+    assert state["header"]["vocabulary"]["sha256"] != old
+    state["header"]["vocabulary"]["sha256"] = old
+    state["progress"]["step"] = 2
+    torch.save(state, run / "state.pt")
+    resumed = [*argv, "--max_epoch=2", "--max_step=3", "--train_batch_size=4", "--resume=auto"]
+    with pytest.raises(InputError, match="--resume: max_step changed"):
+        gpt2_ft.main(resumed)
+    gpt2_ft.main([*resumed, "--resume_anyway"])
+    header, _ = read_adapter(run / "model.3.safetensors")
+    assert header is not None and header.vocabulary.sha256 == old

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,6 +86,9 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
     fingerprint = base.fingerprint if base else checkpoints.base_fingerprint(model.state_dict())
     data = train.rows.source.sha256
     header = describe_adapter(args, plan, model, tokenizer, fingerprint, data)
+    then = state and state.header.vocabulary
+    if then and tokenizer is not None and then.is_of(tokenizer):
+        header = replace(header, vocabulary=then)  # an older fingerprint of it stays as it was
     flags = resolved_flags(args, runtime, plan, work_dir, model)
     shared = {name: value for name, value in flags.items() if name not in OWN_OF_A_RANK}
     valid_data = valid.rows.source.sha256 if valid else None

@@ -196,7 +196,7 @@ def test_both_readmes_have_the_same_commands_tables_and_sections() -> None:
         english, chinese = (re.findall(pattern, text, re.MULTILINE) for text in texts)
         assert english == chinese
     for lines in zip(*map(table_lines, texts), strict=True):
-        numbers = [sorted(re.findall(r"\d[\d.,]*", line)) for line in lines]
+        numbers = [sorted(re.findall(r"\d(?:[\d.,]*\d)?", line)) for line in lines]
         assert numbers[0] == numbers[1]
     files = [re.findall(r"^    ([\w./]+)  ", text, re.MULTILINE) for text in texts]
     assert files[0] == files[1]

@@ -1,6 +1,8 @@
-"""Decode with GPT-2 and a LoRA adapter: adapter + data -> beam search -> predictions.
+"""Decode with GPT-2 and a LoRA adapter: adapter + data or prompts -> texts.
 
-    python gpt2_beam.py --adapter runs/001          the shipped sample with its nano base
+    python gpt2_beam.py --adapter runs/e2e --prompt "name : Blue Spice | food : Chinese"
+    python gpt2_beam.py --adapter runs/e2e          asks for prompts; without a terminal it decodes
+                                                    the shipped sample
     python gpt2_beam.py --data test.jsonl --adapter runs/e2e \\
         --output_file runs/e2e/predictions.jsonl    base and vocabulary are those of the run
     python gpt2_beam.py --data test.jsonl --vocab vocab --init_checkpoint gpt2-medium \\
@@ -20,12 +22,14 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -46,6 +50,7 @@ from decoding.generate import SAMPLING, SEARCH, Settings, make_settings
 from decoding.journal import Journal, remove_kept_files
 from decoding.packed import pack
 from decoding.predictions import write_predictions
+from decoding.prompts import Choices, Session, converse
 from decoding.sources import Sources, Task, choose_sources
 from gpu import Runtime
 from model import MODEL_CARDS, GPT2LMModel
@@ -64,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data", help="JSONL, JSON, CSV or TSV with a context in each row (docs/data.md)")
     add_fields_flag(add)
+    add("--prompt", action="append", help="a context in place of --data; may be repeated")
     add("--vocab", help="folder of the vocabulary (default: the run's); needed for text")
     add("--seq_len", type=int, help="room for context and output (default: the model's window)")
     add("--batch_size", type=int, default=16, help="contexts decoded at once; no effect on texts")
@@ -76,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         "last. RUN:best, RUN:last and RUN:STEP choose. NAME=FILE, repeated, for rows that say "
         "their `task`; null is the base",
     )
+    add("--with_base", action="store_true", help="let the base answer prompts too")
     add("--allow_other_base", action="store_true", help="accept a base that is not the adapter's")
     add("--model_card", help=f"{', '.join(MODEL_CARDS)} (default: the adapter's or the base's)")
     add("--lora_dim", type=int, help="default: the adapter's")
@@ -122,6 +129,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--num_return_sequences {args.num_return_sequences} is more than --beam "
             f"{settings.beam}"
         )
+    for name in ("data", "fields", "output_file", "work_dir", "resume"):
+        if args.prompt is not None and getattr(args, name):
+            raise InputError(f"--{name} is for data, which --prompt takes the place of; give one")
+    if args.with_base and not args.adapter:
+        raise InputError("--with_base sets the base beside an adapter; give --adapter")
     return args
 
 
@@ -237,13 +249,18 @@ def warn_of_repeats(rows: Rows) -> None:
         )
 
 
+def choose_window(args: argparse.Namespace, n_positions: int) -> int:
+    """Return how many tokens there may be of a context and its text."""
+    if (args.seq_len or 0) > n_positions:
+        raise InputError(f"--seq_len {args.seq_len} is above the model's {n_positions}")
+    return args.seq_len or n_positions
+
+
 def cut_contexts(
     args: argparse.Namespace, runtime: Runtime, rows: Rows, n_positions: int, eval_len: int
 ) -> list[Context]:
     """Return each row's context; those too long for the window lose their head, and are counted."""
-    window = args.seq_len or n_positions
-    if window > n_positions:
-        raise InputError(f"--seq_len {window} is above the model's {n_positions}")
+    window = choose_window(args, n_positions)
     room = window - eval_len
     if room < 1:
         raise InputError(
@@ -262,16 +279,15 @@ def load_model(args: argparse.Namespace, runtime: Runtime, job: Job, task: Task)
     """Return the model of a task, merged once and, on a CPU in fp32, laid out for speed."""
     adapter = job.adapters[task]
     model = checkpoints.assemble(
-        job.base,
-        adapter.header,
-        adapter.tensors,
-        adapter.source,
-        allow_other_base=args.allow_other_base,
-        lora_dim=args.lora_dim,
-        lora_alpha=args.lora_alpha,
-        model_card=args.model_card,
+        job.base, adapter.header, adapter.tensors, adapter.source, **adapter_flags(args)
     ).to(runtime.device)
     return pack(model) if runtime.precision == "fp32" else checkpoints.merge(model)
+
+
+def adapter_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags say about an adapter and its base."""
+    names = ("allow_other_base", "lora_dim", "lora_alpha", "model_card")
+    return {name: getattr(args, name) for name in names}
 
 
 def identify(
@@ -315,6 +331,8 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
         found = decode_batches(runtime, batches, load, job.settings, count, journal)
     except ValueError as error:
         raise InputError(f"--init_checkpoint or --adapter: {error}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command with --resume continues") from None
     finally:
         journal.close()
     seconds = time.perf_counter() - started
@@ -332,15 +350,75 @@ def decode(args: argparse.Namespace, runtime: Runtime) -> None:
     )
 
 
+def takes_prompts(args: argparse.Namespace, runtime: Runtime) -> bool:
+    """Whether prompts take the place of data: those of the flags or, where nothing names data or a
+    file for the output, those typed at a terminal.
+
+    Raises:
+        InputError: a flag does not go with this.
+    """
+    if args.prompt is not None and runtime.world_size > 1:
+        raise InputError("--prompt is answered by one process; start it without torchrun")
+    for_data = args.data or args.output_file or args.work_dir or args.resume
+    at_terminal = runtime.world_size == 1 and sys.stdin is not None and sys.stdin.isatty()
+    if args.prompt is not None or (at_terminal and not for_data):
+        return True
+    if args.with_base:
+        raise InputError("--with_base is for prompts; for data decode once more without --adapter")
+    return False
+
+
+def answer_prompts(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Answer the prompts given or, without any, those that are typed."""
+    with redirect_stdout(sys.stderr):
+        session = open_session(args, runtime)
+    if args.prompt is not None:
+        session.answer(args.prompt)
+    else:
+        converse(session)
+
+
+def open_session(args: argparse.Namespace, runtime: Runtime) -> Session:
+    """Return the models and settings that the flags name, ready to answer."""
+    sources = choose_sources(None, args.init_checkpoint, args.vocab, args.adapter, prompts=True)
+    if sources.vocab is None:
+        raise InputError("--vocab is missing; a prompt is text, which needs a vocabulary")
+    sources.announce()
+    tokenizer, vocab = load_tokenizer(sources.vocab), sources.vocab
+    base = checkpoints.read_base(sources.init_checkpoint)
+    weights = {name: t.to(runtime.device, torch.float32) for name, t in base.tensors.items()}
+
+    @cache
+    def load(adapter: Path | None) -> GPT2LMModel:
+        model, header = checkpoints.load(base, adapter, runtime.device, **adapter_flags(args))
+        checkpoints.check_vocabulary(tokenizer, vocab, base, header)
+        checkpoints.share_weights(model, weights)
+        return model
+
+    end_ids = choose_end_ids(args, runtime, tokenizer, base.vocab_size)
+    settings = replace(given_settings(args), end_ids=end_ids)
+    found = {name or args.adapter[0]: at.path for name, at in sources.adapters.items() if at}
+    return Session(
+        load,
+        found,
+        tokenizer,
+        runtime,
+        choose_window(args, base.n_positions),
+        Choices.of(settings, args.num_return_sequences),
+        args.with_base,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the program with the given or the command line's arguments."""
     args = parse_args(argv)
     runtime = gpu.parse_gpu(args)
     try:
-        with naming_lost_ranks("the same command with --resume continues"):
-            decode(args, runtime)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command with --resume continues") from None
+        if takes_prompts(args, runtime):
+            answer_prompts(args, runtime)
+        else:
+            with naming_lost_ranks("the same command with --resume continues"):
+                decode(args, runtime)
     finally:
         gpu.cleanup(runtime)
 

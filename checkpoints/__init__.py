@@ -14,6 +14,7 @@ from checkpoints.adapter import (
     read_adapter,
     run_flags,
     save_adapter,
+    share_weights,
 )
 from checkpoints.base import (
     BaseWeights,
@@ -31,4 +32,4 @@ __all__ = ["FORMAT_VERSION", "PEFT_FILES", "AdapterHeader", "Base", "BaseWeights
 __all__ += ["Vocabulary", "apply_trained", "assemble", "base_fingerprint", "card_of"]
 __all__ += ["check_vocabulary", "find_adapter", "load", "load_adapters", "load_base"]
 __all__ += ["load_weights", "merge", "model_config", "parse_targets", "read_adapter", "read_base"]
-__all__ += ["read_tensors", "run_flags", "save_adapter"]
+__all__ += ["read_tensors", "run_flags", "save_adapter", "share_weights"]

@@ -243,14 +243,18 @@ def load_adapters(
     call any of them is to switch adapters, to call the base is to use none."""
     base = base if isinstance(base, BaseWeights) else read_base(base)
     plain, _ = load(base, device=device)
-    shared = dict(plain.named_parameters())
     models = {}
     for name, path in adapters.items():
         models[name], _ = load(base, path, device)
-        for key, parameter in models[name].named_parameters():
-            if key in shared and torch.equal(parameter, shared[key]):
-                parameter.data = shared[key].data
+        share_weights(models[name], dict(plain.named_parameters()))
     return plain, models
+
+
+def share_weights(model: GPT2LMModel, weights: Mapping[str, Tensor]) -> None:
+    """Let a model that is only run keep its weights where equal ones of the same names are."""
+    for name, parameter in model.named_parameters():
+        if name in weights and torch.equal(parameter, weights[name]):
+            parameter.data = weights[name].data
 
 
 def check_vocabulary(

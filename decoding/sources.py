@@ -17,7 +17,8 @@ Task = str | None  # the name of an adapter; None where there is one for all row
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of a decode. `adapters` has None for the base alone."""
+    """The files of a decode. `adapters` has None for the base alone; `data` is empty where prompts
+    are typed."""
 
     data: str
     init_checkpoint: str
@@ -52,7 +53,11 @@ class Sources:
 
 
 def choose_sources(
-    data: str | None, init_checkpoint: str | None, vocab: str | None, adapter: Sequence[str] | None
+    data: str | None,
+    init_checkpoint: str | None,
+    vocab: str | None,
+    adapter: Sequence[str] | None,
+    prompts: bool = False,
 ) -> Sources:
     """Return the files that these flags mean.
 
@@ -67,16 +72,15 @@ def choose_sources(
         for task, name in name_adapters(adapter).items()
     }
     run = next((flags for flags in map(_run_paths, adapters.values()) if flags), {})
-    is_sample = not (data or init_checkpoint)
-    sample = sample_settings() if is_sample else {}
+    sample = {} if data or init_checkpoint else sample_settings()
     base = init_checkpoint or run.get("init_checkpoint") or sample.get("init_checkpoint")
-    data = data or sample.get("test_data")
+    data = "" if prompts else data or sample.get("test_data")
     if not base:
         raise InputError("--init_checkpoint is missing: an adapter means nothing without its base")
-    if not data:
+    if not data and not prompts:
         raise InputError("--data is missing; give a file with a context in each row")
     vocab = vocab or run.get("vocab") or sample.get("vocab")
-    return Sources(data, base, vocab, adapters, is_sample)
+    return Sources(data or "", base, vocab, adapters, bool(sample) and not prompts)
 
 
 def name_adapters(given: Sequence[str] | None) -> dict[Task, str | None]:

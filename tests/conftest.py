@@ -133,6 +133,7 @@ def start(command: list[object], **options) -> subprocess.Popen:
         [sys.executable, *map(str, command)],
         cwd=options.pop("cwd", ROOT),
         env=environment | {"OMP_NUM_THREADS": "1"} | options.pop("env", {}),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -216,7 +216,7 @@ class StepResult(NamedTuple):
 
     loss: float
     smoothed_loss: float
-    count: float
+    tokens: float
     norm: float
 
 
@@ -266,9 +266,9 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> StepResult:
 def count_step(run: Run, rows: list[list[int]], result: StepResult, seconds: float) -> None:
     """Add a step to what is logged next."""
     interval = run.interval
-    interval.loss += result.loss * result.count
-    interval.smoothed_loss += result.smoothed_loss * result.count
-    interval.count += result.count
+    interval.loss += result.loss * result.tokens
+    interval.smoothed_loss += result.smoothed_loss * result.tokens
+    interval.count += result.tokens
     interval.norm = result.norm
     interval.tokens += int(sum(run.train.lengths[micro].sum() for micro in rows))
     interval.seconds += seconds
@@ -344,7 +344,7 @@ def log_training(run: Run, epoch: int) -> None:
     )
     if not count:
         return
-    loss, rate, ppl = loss / count, run.scheduler.get_last_lr()[0], perplexity(loss / count)
+    loss, rate, ppl = loss / count, float(run.scheduler.get_last_lr()[0]), perplexity(loss / count)
     speed, memory = tokens / max(own.seconds, 1e-9), run.runtime.peak_memory_gb()
     run.log.record(
         "train",

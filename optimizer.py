@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -105,7 +106,8 @@ class AdamW(Optimizer):
                 self.state[p] = {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
             self.state[p]["step"] += 1
         states = [self.state[p] for p in params]
-        grads, m, v = [p.grad for p in params], [s["m"] for s in states], [s["v"] for s in states]
+        grads = [p.grad for p in params if p.grad is not None]  # all of them, as `step` chose them
+        m, v = [s["m"] for s in states], [s["v"] for s in states]
         beta1, beta2 = group["betas"]
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, grads, alpha=1 - beta1)
@@ -172,7 +174,8 @@ def create_adam_optimizer_from_args(model: nn.Module, settings: OptimizerSetting
     groups = create_grouped_parameters(
         model, s.weight_decay, s.no_decay_bias, s.lr, s.lora_plus_ratio
     )
-    betas, rest = (s.adam_beta1, s.adam_beta2), {"lr": s.lr, "weight_decay": s.weight_decay}
+    betas = s.adam_beta1, s.adam_beta2
+    rest: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay}
     if s.optimizer == "original":
         return AdamW(groups, betas=betas, eps=s.adam_epsilon, correct_bias=s.correct_bias, **rest)
     if not s.correct_bias:
@@ -183,7 +186,7 @@ def create_adam_optimizer_from_args(model: nn.Module, settings: OptimizerSetting
     return _fused_adam(on_cuda)(groups, betas=betas, eps=s.adam_epsilon, adam_w_mode=True, **rest)
 
 
-def _fused_adam(on_cuda: bool) -> type[Optimizer]:
+def _fused_adam(on_cuda: bool) -> Callable[..., Optimizer]:
     """Return NVIDIA's FusedAdam. An unrelated package is called apex too, and fails in its own
     ways."""
     if not on_cuda:

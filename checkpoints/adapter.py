@@ -31,7 +31,7 @@ from checkpoints.base import (
 from checkpoints.header import AdapterHeader
 from common.errors import InputError
 from common.files import replacing
-from loralib import LoraConfig
+from loralib import LoraConfig, LoRALayer
 from model import ALL_TARGETS, LORA_TARGETS, GPT2LMModel
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -191,8 +191,10 @@ def load(
     """
     base = base if isinstance(base, BaseWeights) else read_base(base)
     header, tensors = read_adapter(adapter, base) if adapter else (None, {})
-    given = {"lora_dim": lora_dim, "lora_alpha": lora_alpha, "model_card": model_card}
-    model = assemble(base, header, tensors, str(adapter), allow_other_base, **given)
+    model = assemble(
+        base, header, tensors, str(adapter), allow_other_base,
+        lora_dim=lora_dim, lora_alpha=lora_alpha, model_card=model_card,
+    )  # fmt: skip
     return model.to(device), header
 
 
@@ -356,6 +358,6 @@ def check_trained(
 def merge(model: GPT2LMModel) -> GPT2LMModel:
     """Put the model in eval mode with every adapter merged into its layer; returns the model."""
     for module in model.modules():
-        if hasattr(module, "merge_weights"):
+        if isinstance(module, LoRALayer):
             module.merge_weights = True
     return model.eval()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import torch
@@ -150,7 +150,7 @@ def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         InputError: the head is not tied to the embedding, or two names mean one tensor.
     """
-    state_dict = state_dict.get("model_state_dict", state_dict)
+    state_dict = cast(Any, state_dict).get("model_state_dict", state_dict)
     state: dict[str, Tensor] = {}
     heads: list[Tensor] = []
     for key, tensor in state_dict.items():
@@ -213,7 +213,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{list(tensor.shape)}".encode())
         values = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
-        digest.update(memoryview(values.numpy()).cast("B"))
+        digest.update(cast(memoryview, values.numpy().data).cast("B"))
     return digest.hexdigest()
 
 

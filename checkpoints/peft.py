@@ -157,9 +157,10 @@ def _by_target(
             layers[name] = {target: pair}
             continue
         lengths = [None] * 3 if pair.magnitude is None else pair.magnitude.chunk(len(PARTS))
+        splits = parts[name] or []  # never None here: `pair` would have been kept whole
         layers[name] = {
             part: Pair(*split, pair.scaling, length)
-            for part, split, length in zip(PARTS, parts[name], lengths, strict=True)
+            for part, split, length in zip(PARTS, splits, lengths, strict=True)
             if split is not None
         }
     present = {target for own in layers.values() for target in own}
@@ -180,13 +181,14 @@ def _tensors(
         tensors[f"{name}.lora_A"] = torch.cat([a for a, _ in ab])
         tensors[f"{name}.lora_B"] = torch.cat([b for _, b in ab])
         if some.magnitude is not None:
-            if any(pair.magnitude is None for pair in pairs):
+            magnitudes = [pair.magnitude for pair in pairs if pair.magnitude is not None]
+            if len(magnitudes) < len(pairs):
                 raise InputError(f"this PEFT adapter cannot be read: {name} lacks magnitudes")
-            tensors[f"{name}.lora_magnitude"] = torch.cat([pair.magnitude for pair in pairs])
+            tensors[f"{name}.lora_magnitude"] = torch.cat(magnitudes)
     return tensors
 
 
-def fill_blocks(tensors: dict[str, Tensor], model: GPT2LMModel) -> dict[str, Tensor]:
+def fill_blocks(tensors: Mapping[str, Tensor], model: GPT2LMModel) -> dict[str, Tensor]:
     """The tensors, with pairs that add nothing for blocks that a PEFT adapter leaves as they are;
     `model` has its base loaded, and anything for an adapter."""
     own = lora.lora_state_dict(model)
@@ -197,7 +199,7 @@ def fill_blocks(tensors: dict[str, Tensor], model: GPT2LMModel) -> dict[str, Ten
     if left_out:
         layers = {name.rpartition(".")[0] for name in left_out}
         print(f"The PEFT adapter leaves {len(layers)} layers as they are, first {min(layers)}")
-    return tensors | {
+    return dict(tensors) | {
         name: t if name.endswith("lora_magnitude") else torch.zeros_like(t)
         for name, t in left_out.items()
     }

@@ -58,10 +58,10 @@ def read_place(local_rank: int | None = None, environment: Mapping[str, str] = o
         return Place()
     if size is None:
         raise _incomplete("WORLD_SIZE", f"LOCAL_RANK is {local}")
-    needed = {"RANK": rank, "LOCAL_RANK": local}
-    needed |= {name: environment.get(name) or None for name in ("MASTER_ADDR", "MASTER_PORT")}
-    for name, value in needed.items():
-        if value is None:
+    if rank is None or local is None:
+        raise _incomplete("RANK" if rank is None else "LOCAL_RANK", f"WORLD_SIZE is {size}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
             raise _incomplete(name, f"WORLD_SIZE is {size}")
     if not rank < size or not local < size:
         raise InputError(

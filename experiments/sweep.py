@@ -173,6 +173,7 @@ def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -
     }
     run_json = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["scores"]
+    assert header and header.settings  # it was trained here
     return {
         "kind": setting.kind,
         "rank": setting.adapter_rank,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
@@ -44,7 +44,7 @@ def describe_run(flags: dict[str, object]) -> dict:
 
 def _git_commit() -> str | None:
     """The commit of this code; None where it is not in a repository, or there is no git."""
-    command = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -85,7 +85,8 @@ class RunLog:
         self.csv = bool(flags["csv"])
         if flags["wandb"]:
             self.wandb = trackers.start_wandb(str(flags["wandb"]), self.work_dir, flags)
-        self.bar = tqdm(total=flags["max_step"], initial=step, unit="step", disable=None)
+        total = cast(int, flags["max_step"])
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=None)
         try:
             with self._reporting():
                 self.file = path.open("a", encoding="utf-8")
@@ -140,7 +141,7 @@ class RunLog:
         experiment, start, _ = hparams(plain, {result: None})
         with self._reporting():
             for summary in (experiment, start):
-                self.writers["train"].file_writer.add_summary(summary)
+                cast(Any, self.writers["train"].file_writer).add_summary(summary)
 
     def sync(self) -> None:
         """Let what was recorded so far outlast a power cut."""

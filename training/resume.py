@@ -5,11 +5,11 @@ import math
 import re
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from checkpoints.base import read_pickle
 from common.errors import InputError
 from common.files import replacing
 from gpu import Runtime
+from model import GPT2LMModel
 from training.run import Interval, Run, write_adapter
 
 # Fields of `Run` by their names in the state.
@@ -92,7 +93,7 @@ def _check_progress(progress: dict, path: Path) -> None:
     for name in PROGRESS:
         value = progress.get(name)
         kinds = (int, float) if name == "best_loss" else (int,)
-        if type(value) not in kinds or math.isnan(value) or not value >= -1:
+        if value is None or type(value) not in kinds or math.isnan(value) or not value >= -1:
             raise InputError(f"--resume {path} has no good {name}, but {value!r:.40}")
 
 
@@ -286,7 +287,8 @@ def _refusing_bad_content(source: Path) -> Iterator[None]:
 def _restore_tensors(run: Run, state: State) -> None:
     if missing := sorted(run.saved.keys() - state.trained.keys()):
         raise ValueError(f"it lacks {missing[0]}")
-    checkpoints.apply_trained(gpu.unwrap(run.model), state.trained, "state.pt")
+    model = cast(GPT2LMModel, gpu.unwrap(run.model))
+    checkpoints.apply_trained(model, state.trained, "state.pt")
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({**state.optimizer, "param_groups": groups})
     for name, p in run.trained.items():
@@ -303,7 +305,7 @@ def _restore_tensors(run: Run, state: State) -> None:
         run.interval = Interval.restored(mine)
 
 
-def _check_form(then: dict, now: dict) -> None:
+def _check_form(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse what even `--resume_anyway` cannot do: the saved tensors are laid out for these."""
     for name in FORM_SETTINGS:
         if then.get(name) != now[name]:

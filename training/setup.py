@@ -4,7 +4,7 @@ import argparse
 import math
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -128,7 +128,7 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
 
 def from_flags(kind: type[T], args: argparse.Namespace, **resolved: object) -> T:
     """Return an object of a dataclass whose fields have the names of flags; `resolved` rules."""
-    names = {field.name for field in fields(kind)}
+    names = {field.name for field in fields(cast(Any, kind))}
     return kind(**{name: getattr(args, name) for name in names - resolved.keys()}, **resolved)
 
 

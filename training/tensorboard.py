@@ -4,7 +4,9 @@ layer has moved, and what the model writes for a few validation rows.
 Watching draws no random number and changes no tensor of the run.
 """
 
+from collections.abc import Sequence
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ import gpu
 import loralib as lora
 from data_utils import Row
 from decoding.beam_search import SearchSettings, beam_search
+from model import GPT2LMModel
 from training.log import BEST_LOSS, TAGS, UPDATE_NORM
 from training.run import Run
 
@@ -54,6 +57,7 @@ def update_norms(model: nn.Module) -> dict[str, float]:
 def sample_texts(run: Run) -> dict[str, str]:
     """What the model writes, greedily, for the first `--valid_samples` distinct contexts of the
     validation rows, each with its context and some of its references, in Markdown."""
+    assert run.valid
     references: dict[tuple[int, ...], list[Row]] = {}
     for row in run.valid.rows:
         references.setdefault(tuple(row.context.tolist()), []).append(row)
@@ -62,7 +66,7 @@ def sample_texts(run: Run) -> dict[str, str]:
     outputs = greedy(run, list(chosen), ends)
     texts = {}
     for number, (context, output) in enumerate(zip(chosen, outputs, strict=True), start=1):
-        lines = [("context", context), ("output", output)]
+        lines: list[tuple[str, Sequence[int]]] = [("context", context), ("output", output)]
         lines += [
             ("reference", row.completion.tolist()) for row in chosen[context][:SAMPLE_REFERENCES]
         ]
@@ -72,7 +76,7 @@ def sample_texts(run: Run) -> dict[str, str]:
 
 
 def greedy(run: Run, contexts: list[tuple[int, ...]], ends: set[int]) -> list[list[int]]:
-    """The token ids that the model writes behind each context, up to one of `ends`; none where its
+    """The token ids that the model writes after each context, up to one of `ends`; none where its
     logits are not finite."""
     window = run.train.max_seq_length
     room = min(SAMPLE_TOKENS, window // 2)
@@ -81,7 +85,7 @@ def greedy(run: Run, contexts: list[tuple[int, ...]], ends: set[int]) -> list[li
     )
     width = window - room
     prompts = [torch.tensor(c[-width:], device=run.runtime.device) for c in contexts]
-    model = gpu.unwrap(run.model).eval()
+    model = cast(GPT2LMModel, gpu.unwrap(run.model)).eval()
     try:
         with run.runtime.autocast():
             return [found[0].tokens for found in beam_search(model, prompts, settings)]
@@ -91,7 +95,7 @@ def greedy(run: Run, contexts: list[tuple[int, ...]], ends: set[int]) -> list[li
         model.train()
 
 
-def _words(run: Run, ids: list[int] | tuple[int, ...], ends: set[int]) -> str:
+def _words(run: Run, ids: Sequence[int], ends: set[int]) -> str:
     """Ids without a last one that ends them, as text in one line, or as they are."""
     ids = list(ids[:-1] if ids and ids[-1] in ends else ids)
     if run.tokenizer is None:

@@ -160,7 +160,7 @@ def _read_peft(folder: Path, base: BaseWeights | None) -> tuple[AdapterHeader, d
     else:
         tensors = read_tensors(folder / "adapter_model.bin")
     try:
-        return peft_adapter.read(config, tensors, own_header, base and base.tensors)
+        return peft_adapter.read(config, tensors, own_header, base.tensors if base else None)
     except InputError as error:
         raise InputError(f"--adapter {folder}: {error}") from error
 

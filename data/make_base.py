@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -40,7 +41,7 @@ COMMON = {
 }
 # Of each base: the command for its text, its vocabulary, how long packed rows are (0: a row is one
 # pair), what its training adds.
-BASES = {
+BASES: dict[str, dict[str, Any]] = {
     "nano": {
         "text": ["-m", "data.generate", "--base"],
         "entries": 2048,

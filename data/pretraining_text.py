@@ -72,8 +72,8 @@ def divided(name: str) -> str:
 def pair(facts: Iterable[tuple[str, str]], text: str, acts: str = "", domain: str = "") -> Row:
     """One row: acts and domain, where given, then `slot : value` for each fact."""
     head = [acts, f"domain : {domain}"] if acts else []
-    facts = [f"{slot} : {tokenised(value.replace('|', ','))}" for slot, value in facts]
-    return {"context": " | ".join(head + facts), "completion": tokenised(text)}
+    stated = [f"{slot} : {tokenised(value.replace('|', ','))}" for slot, value in facts]
+    return {"context": " | ".join(head + stated), "completion": tokenised(text)}
 
 
 def sgd_rows(path: str | Path) -> Iterator[Row]:
@@ -129,7 +129,10 @@ def rnnlg_rows(path: str | Path, domain: str) -> Iterator[Row]:
     try:
         entries = json.loads(text[text.index("[") :])
         for act, reference, _ in entries:
-            name, slots = re.fullmatch(r"(\??\w+)\((.*)\)", act).groups()
+            matched = re.fullmatch(r"(\??\w+)\((.*)\)", act)
+            if matched is None:
+                raise ValueError(f"{act!r:.40} is not ACT(SLOTS)")
+            name, slots = matched.groups()
             if slots and not UNFINISHED.search(reference):
                 yield rnnlg_pair(name, slots, reference, domain)
     except (ValueError, TypeError, AttributeError) as error:
@@ -217,7 +220,8 @@ def without_e2e(rows: Iterable[Row], e2e: Iterable[Row]) -> Iterator[Row]:
 def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """(train, valid) by content: an input goes to one side with all its texts, and no text of the
     training side stands in the other."""
-    train, valid = [], []
+    train: list[Row] = []
+    valid: list[Row] = []
     for row in rows:
         digest = hashlib.sha256(normalised(row["context"]).encode()).digest()
         (train if int.from_bytes(digest[:4], "big") % VALID_SHARE else valid).append(row)

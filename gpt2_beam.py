@@ -228,7 +228,7 @@ def warn(text: str) -> None:
 
 
 def warn_of_ends(rows: Rows, settings: Settings) -> None:
-    """Warn where the data's own completions go on after an end id, as no output can."""
+    """Warn where the data's own completions continue after an end id, as no output can."""
     inner = [row.completion[:-1] for row in rows]
     longer = sum(bool(np.isin(tokens, settings.end_ids).any()) for tokens in inner)
     if longer:

@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_step", type=int, help="stop after this many steps")
     add("--max_epoch", type=int, help=f"default: {DEFAULT_EPOCHS}, or --max_step if given")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add("--max_bad_steps", type=int, default=25, help="give up after so many non-finite steps")
+    add("--max_bad_steps", type=int, default=25, help="give up after that many non-finite steps")
     add = parser.add_argument_group("output").add_argument
     add("--work_dir", help="default: the first free runs/NNN")
     add("--log_interval", type=int, default=100, help="in steps (default: %(default)s)")
@@ -117,11 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb", metavar="PROJECT", help="send the log to Weights & Biases, if it is installed")
     add("--valid_samples", type=int, default=3, help="to decode each time, for TensorBoard")
     add("--save_interval", type=int, default=500, help="in steps, and after each epoch")
-    add("--save_minutes", type=float, default=0, help="save after so many minutes, too; 0 for not")
+    add(
+        "--save_minutes", type=float, default=0, help="save after that many minutes, too; 0 for not"
+    )
     add("--keep_last", type=int, default=0, help="numbered adapters to keep; 0 for all (default)")
-    add("--patience", type=int, default=0, help="stop after so many validations without a better")
+    add("--patience", type=int, default=0, help="stop after that many validations without a better")
     add("--dry_run", action="store_true", help="print sizes and steps and end; needs no weights")
-    add("--resume", help="auto, or a work_dir: go on from its last save")
+    add("--resume", help="auto, or a work_dir: continue from its last save")
     add("--resume_anyway", action="store_true", help="though settings that matter have changed")
     for flag in DROPPED_FLAGS:
         parser.add_argument(

@@ -232,7 +232,7 @@ def create_optimizer_scheduler(optimizer: Optimizer, settings: OptimizerSettings
 
 
 def _cycle(i_steps: str, i_lrs: str, lr: float) -> Callable[[int], float]:
-    """Linear between the points (step, learning rate), constant behind the last."""
+    """Linear between the points (step, learning rate), constant after the last."""
     try:
         points = [int(step) for step in i_steps.split(",")]
         rates = [float(rate) for rate in i_lrs.split(",")]

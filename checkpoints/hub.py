@@ -122,7 +122,7 @@ def _reach(address: str) -> None:
 
 
 def _verify(file: Path) -> None:
-    """Compare with the checksum that the cache has in the name of the file behind the link."""
+    """Compare with the checksum that the cache has in the name of the linked file."""
     expected = file.resolve().name
     if not re.fullmatch("[0-9a-f]{64}", expected):
         return

@@ -28,7 +28,7 @@ from data.download import MANIFEST, fetch
 from data.rows import Row, read_json, read_text, write_jsonl
 
 RAW = Path(__file__).resolve().parents[1] / "data_raw"
-VALID_SHARE = 200  # one input in so many is for validation
+VALID_SHARE = 200  # one input of that number is for validation
 LONGEST = 480  # characters of a pair; what is longer is rare, and pads the batch it falls into
 DART_FILE = "dart-v1.1.1-full-dev.json"
 E2E_FILES = ("train.txt", "valid.txt", "test.txt")

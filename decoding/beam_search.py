@@ -11,7 +11,7 @@ Two searches share one loop, `--search original` and `--search hf`:
                                                            live beam, were it to end here, is worse
 
 In both, a hypothesis scores Σ log p / length ** length_penalty, where length counts its generated
-tokens with the end token; live beams compete as unfinished ones behind the last step; the earlier
+tokens with the end token; live beams compete as unfinished ones after the last step; the earlier
 one wins a tie. Shapes: B contexts, K beams, V vocabulary, M candidates, T generated tokens.
 """
 

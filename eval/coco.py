@@ -132,8 +132,8 @@ class Meteor:
             late.set()
             process.kill()  # which ends the wait for its answer
 
-        watch = threading.Timer(JAVA_SECONDS, give_up)
-        watch.start()
+        timer = threading.Timer(JAVA_SECONDS, give_up)
+        timer.start()
         lines = [""]
         try:
             print(line, file=process.stdin, flush=True)
@@ -141,7 +141,7 @@ class Meteor:
         except OSError:
             pass  # it has stopped, as the missing answer shows
         finally:
-            watch.cancel()
+            timer.cancel()
         if "" in lines:
             raise self._failure(process, late.is_set())
         return lines

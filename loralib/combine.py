@@ -20,7 +20,7 @@ def adapters_by_row(
 
     Args:
         model: the base, without adapters; inputs have len(names) rows, and layers may see several
-            positions of a row one behind the other.
+            positions of a row one after the other.
         adapted: by name, models of the same structure with an adapter, on equal base weights.
 
     Raises:

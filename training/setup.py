@@ -237,7 +237,7 @@ def load_data(
 
 
 def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: State | None) -> Plan:
-    """Return the plan of a run over so many rows. It keeps the global batch of a resumed run where
+    """Return the plan of a run over `rows` rows. It keeps the global batch of a resumed run where
     the number of processes has changed.
 
     Raises:

@@ -5,7 +5,7 @@
 #   bash scripts/e2e.sh                the run; again with RESUME=1 it continues
 #   SEEDS="110 111 112" bash scripts/e2e.sh    one run per seed, in WORK_DIR/seed-N; mean +- sd
 #
-#   MODEL=gpt2.md          card; gpt2.sm, md, lg, xl are downloaded, gpt2.nano is shipped
+#   MODEL=gpt2.md          card; gpt2.sm, md, lg, xl are downloaded, gpt2.nano and mini shipped
 #   INIT_CHECKPOINT=FILE   base weights of your own; VOCAB=FOLDER their vocabulary
 #   NPROC=1                processes on this machine; the global batch grows with it
 #   SEED=110  PRECISION=fp32|bf16|fp16  WORK_DIR=runs/TASK  RESUME=1

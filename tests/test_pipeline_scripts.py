@@ -340,5 +340,6 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(checkout: Pat
     assert (done.returncode, done.stderr) == (0, "")
     *_, resuming, whole, killed, verdict = done.stdout.splitlines()
     assert resuming.startswith("Resuming after step ")
-    assert 10 <= int(resuming.rpartition(" ")[2]) < 30
+    # The kill may fall between the adapter of step 10 and the state that names it.
+    assert 5 <= int(resuming.rpartition(" ")[2]) < 30
     assert whole.split()[0] == killed.split()[0] and verdict == "The same bytes."

@@ -11,6 +11,7 @@ Every linear map is a LoRA layer: with rank 0 it is a plain frozen one. Weights 
 GPT-2's published files store them, (in, out), so nothing is transposed on loading.
 """
 
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from typing import Protocol, cast
 
@@ -88,8 +89,8 @@ class Cache(Protocol):
     positions: Tensor  # of each context's next token, (B,) int64
 
     def add_layer(self, key: Tensor, value: Tensor) -> None: ...
-    def add_slots(self, beams: int) -> Tensor: ...
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+    def add_slots(self, beams: int) -> None: ...
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
 class Attention(nn.Module):
@@ -108,14 +109,13 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         needed: Tensor | None = None,
     ) -> Tensor:
-        """(N, C) to (N, C), sequence by sequence, or to (M, C) of the positions `needed`, (M,).
-
-        A cache, if given, receives keys and values; the lengths must then be equal.
-        """
+        """(N, C) to (N, C), sequence by sequence, or to (M, C) of the positions `needed`, (M,). A
+        cache, if given, receives keys and values."""
         fused = self.c_attn(x)
+        if cache is not None:
+            cache.add_layer(*fused.view(len(x), 3, self.n_head, -1).unbind(1)[1:])
         if len(set(lengths)) == 1:
-            rows = fused.view(len(lengths), -1, fused.size(-1))
-            mixed = self.attend(rows, cache).flatten(0, 1)
+            mixed = self.attend(fused.view(len(lengths), -1, fused.size(-1))).flatten(0, 1)
         elif fused.is_cuda:
             mixed = self.attend_padded(fused, lengths)
         else:
@@ -127,25 +127,18 @@ class Attention(nn.Module):
         padded = self.attend(pad_sequence(fused.split(lengths), batch_first=True))
         return torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])
 
-    def attend(self, fused: Tensor, cache: Cache | None = None) -> Tensor:
+    def attend(self, fused: Tensor) -> Tensor:
         """Causal attention of each sequence to itself, (B, T, 3C) to (B, T, C)."""
         batch, tokens, _ = fused.shape
         heads = fused.view(batch, tokens, 3, self.n_head, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is not None:
-            cache.add_layer(key.transpose(1, 2), value.transpose(1, 2))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
-    def decode_step(self, x: Tensor, cache: Cache, layer: int, visible: Tensor) -> Tensor:
-        """One new token per beam, (B, K, C) to (B, K, C); `visible` as `cache.add_slots` gives."""
-        batch, beams, width = x.shape
-        query, key, value = self.c_attn(x).view(batch, beams, 3, self.n_head, -1).unbind(2)
-        keys, values = cache.append(layer, key, value)
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), visible
-        )
-        return self.c_proj(mixed.transpose(1, 2).reshape(batch, beams, width))
+    def decode_step(self, x: Tensor, cache: Cache, layer: int) -> Tensor:
+        """One new token per beam, (B, K, C) to (B, K, C)."""
+        heads = self.c_attn(x).view(*x.shape[:2], 3, self.n_head, -1)
+        return self.c_proj(cache.attend(layer, *heads.unbind(2)).reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -182,9 +175,9 @@ class Block(nn.Module):
         x = (x if needed is None else x[needed]) + mixed
         return x + self.mlp(self.ln_2(x))
 
-    def decode_step(self, x: Tensor, cache: Cache, layer: int, visible: Tensor) -> Tensor:
+    def decode_step(self, x: Tensor, cache: Cache, layer: int) -> Tensor:
         """One new token per beam, (B, K, C) to (B, K, C)."""
-        x = x + self.attn.decode_step(self.ln_1(x), cache, layer, visible)
+        x = x + self.attn.decode_step(self.ln_1(x), cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -227,9 +220,9 @@ class GPT2Model(nn.Module):
     def decode_step(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Hidden states (B, K, C) of one new token per beam, `input_ids` (B, K)."""
         x = self.wte(input_ids) + self.wpe(cache.positions)[:, None]
-        visible = cache.add_slots(input_ids.size(1))
+        cache.add_slots(input_ids.size(1))
         for layer, block in enumerate(self.h):
-            x = cast(Block, block).decode_step(x, cache, layer, visible)
+            x = cast(Block, block).decode_step(x, cache, layer)
         return self.ln_f(x)
 
 
@@ -285,7 +278,10 @@ class GPT2LMModel(nn.Module):
         if lm_labels is not None:
             batch = Batch.from_padded(input_ids, lm_labels, lm_mask)
             return None, self.losses(batch, label_smooth)[0]
-        return self.head(self.transformer(*whole_rows(input_ids))).view(*input_ids.shape, -1), None
+        rows, tokens = input_ids.shape
+        positions = torch.arange(tokens, device=input_ids.device).repeat(rows)
+        hidden = self.transformer(input_ids.flatten(), positions, [tokens] * rows)
+        return self.head(hidden).view(rows, tokens, -1), None
 
     def losses(self, batch: Batch, label_smooth: float) -> tuple[Tensor, Tensor]:
         """Weighted means over the positions that count, of the smoothed loss and of the plain."""
@@ -295,23 +291,16 @@ class GPT2LMModel(nn.Module):
         weight = self.head_weight
         return smoothed_cross_entropy(hidden, weight, batch.targets, batch.weights, label_smooth)
 
-    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
-        """Read right-padded prompts (B, P) into a new cache: the logits (B, V) that follow each
-        prompt's last token, which stands before the position that the cache has next."""
-        batch, tokens = input_ids.shape
-        ends = torch.arange(batch, device=input_ids.device) * tokens + cache.positions - 1
-        return self.head(self.transformer(*whole_rows(input_ids), cache, ends))
+    def prefill(self, prompts: Sequence[Tensor], cache: Cache) -> Tensor:
+        """Read prompts, (P,) int64 each, into a new cache: the logits (B, V) that follow them."""
+        lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+        return self.head(self.transformer(torch.cat([*prompts]), positions, lengths, cache, ends))
 
     def decode_step(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Logits (B, K, V) that follow one new token per beam, `input_ids` (B, K)."""
         return self.head(self.transformer.decode_step(input_ids, cache))
-
-
-def whole_rows(input_ids: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Ids (B, T) as sequences of T tokens: ids and positions, (N,) each, and the lengths."""
-    batch, tokens = input_ids.shape
-    positions = torch.arange(tokens, device=input_ids.device).repeat(batch)
-    return input_ids.flatten(), positions, [tokens] * batch
 
 
 # Where adapters sit.

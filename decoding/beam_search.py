@@ -215,23 +215,32 @@ class _Search:
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(count)` over the last dimension, of equal values any; two to three times as fast
-    on a CPU for a vocabulary: the largest are in the chunks with the largest maxima."""
+    """The largest `count` of fp32 values (..., V) and their places: largest first, equal ones in
+    their order.
+
+    Far faster than a stable sort for a vocabulary: the largest are in the chunks that come first
+    when chunks are ordered in the same way by their largest values.
+    """
     width = values.size(-1) // CHUNK * CHUNK
     if width < 2 * count * CHUNK:
-        return values.topk(count)
-    chunks = values[..., :width].unflatten(-1, (-1, CHUNK)).amax(-1).topk(count, sorted=False)[1]
+        return _first_largest(values, count)
+    _, chunks = _first_largest(values[..., :width].unflatten(-1, (-1, CHUNK)).amax(-1), count)
     within = torch.arange(CHUNK, device=values.device)
     rest = torch.arange(width, values.size(-1), device=values.device)
-    places = torch.cat(
-        (
-            (CHUNK * chunks.unsqueeze(-1) + within).flatten(-2),
-            rest.expand(*values.shape[:-1], -1),
-        ),
-        dim=-1,
-    )
-    best, order = values.gather(-1, places).topk(count)
+    chosen = (CHUNK * chunks.sort()[0].unsqueeze(-1) + within).flatten(-2)
+    places = torch.cat((chosen, rest.expand(*values.shape[:-1], -1)), dim=-1)
+    best, order = _first_largest(values.gather(-1, places), count)
     return best, places.gather(-1, order)
+
+
+def _first_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(count)` of fp32 values, with equal ones in their order: topk of integers that
+    are ordered as the values are, and where these are equal fall from place to place."""
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0, to which it is equal
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    places = torch.arange(values.size(-1), device=values.device)
+    order = ((ordered.long() << 32) - places).topk(count)[1]
+    return values.gather(-1, order), order
 
 
 def _select(tokens: Tensor, beams: Tensor) -> Tensor:

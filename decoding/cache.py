@@ -4,48 +4,67 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+
+# What makes a context's attention on a CPU the same, bit for bit, in any batch: its slots come in
+# whole vectors, and contexts with more than this, whose sums are split by their length, come alone.
+VECTOR, SUMMED_IN_ONE = 16, 192
 
 
 class DecodeCache:
     """Keys and values of a decoding batch, per layer (B, S, H, D): S slots per context, of which
     `visible` (B, K, S) says which beam attends to which.
 
-    The prompt's slots come first and every beam sees them; a decoded token adds K slots, one to
+    A context's prompt comes first and all its beams see it; a decoded token adds K slots, one to
     each beam. So reordering beams moves rows of booleans and never a key, and beams share what they
-    have in common. Slots that no beam sees any more (padding, lost beams) are dropped now and then.
+    have in common. Slots that no beam sees any more are dropped now and then. Where a context's
+    slots are, and when they are dropped, depends on that context alone, so candidates that are
+    equal stay equal whatever else is in the batch.
     """
 
     STEPS_OF_ROOM = 8
 
-    def __init__(self, lengths: Tensor, width: int) -> None:
-        """Make the cache of prompts of true `lengths` (B,) int64, padded to `width`."""
-        self.positions = lengths  # of each context's next token, (B,)
-        self.visible = (torch.arange(width, device=lengths.device) < lengths[:, None])[:, None]
+    def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
+        """Make the cache of prompts of these lengths."""
+        self.used = list(lengths)  # slots of each context
+        self.steps = 0  # tokens decoded of each beam
+        self.positions = torch.tensor(self.used, device=device)  # of the next tokens, (B,)
+        self.visible = torch.arange(max(self.used), device=device) < self.positions[:, None, None]
+        self.new: tuple[Tensor, Tensor]  # rows (B, 1) and slots (B, K) of the tokens decoded now
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def add_layer(self, key: Tensor, value: Tensor) -> None:
-        """Keep the prompts' keys and values of the next layer, (B, S, H, D) each."""
-        self.layers.append((key, value))
+        """Keep the next layer's keys and values of the prompts, one after the other, (N, H, D)."""
+        real = self.visible[:, 0]
+        keys, values = (t.new_zeros(*real.shape, *t.shape[1:]) for t in (key, value))
+        keys[real], values[real] = key, value
+        self.layers.append((keys, values))
 
-    def add_slots(self, beams: int) -> Tensor:
-        """Make room for one token of each beam: what each may attend to, (B, 1, K, S) bool."""
-        batch, _, slots = self.visible.shape
-        if slots + beams > self.layers[0][0].size(1):
-            self._gather(torch.arange(batch, device=self.visible.device))
-        own = torch.eye(beams, dtype=torch.bool, device=self.visible.device)
-        self.visible = torch.cat((self.visible, own.expand(batch, -1, -1)), dim=2)
+    def add_slots(self, beams: int) -> None:
+        """Give each beam a slot for the token that is decoded now."""
+        if self.steps % self.STEPS_OF_ROOM == 0:
+            self._compact(beams)
+        device = self.visible.device
+        own, rows = torch.arange(beams, device=device), torch.arange(len(self.used), device=device)
+        self.new = rows[:, None], torch.tensor(self.used, device=device)[:, None] + own
+        self.visible[self.new[0], own, self.new[1]] = True
+        self.used = [used + beams for used in self.used]
         self.positions = self.positions + 1
-        return self.visible[:, None]
+        self.steps += 1
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill the slots added last, (B, K, H, D) each: all keys and values of that layer."""
-        beams, slots = key.size(1), self.visible.size(2)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep keys and values of the tokens decoded now, and mix for each beam what it sees: all
+        are (B, K, H, D)."""
         keys, values = self.layers[layer]
-        keys[:, slots - beams : slots] = key
-        values[:, slots - beams : slots] = value
-        return keys[:, :slots], values[:, :slots]
+        keys[self.new], values[self.new] = key, value
+        width = _whole_vectors(max(self.used))
+        if width <= SUMMED_IN_ONE or query.is_cuda:
+            return _attend(query, keys, values, self.visible, width)
+        parts = zip(*(t.split(1) for t in (query, keys, values, self.visible)), strict=True)
+        return torch.cat(
+            [_attend(*part, _whole_vectors(n)) for part, n in zip(parts, self.used, strict=True)]
+        )
 
     def reorder(self, parents: Tensor) -> None:
         """Let beam k of each context continue beam `parents[b, k]`, (B, K) int64."""
@@ -54,31 +73,47 @@ class DecodeCache:
 
     def keep(self, contexts: Tensor) -> None:
         """Drop every context but those of the given indices, (B',) int64."""
-        self.positions = self.positions[contexts]
-        self._gather(contexts)
+        self.used = [self.used[i] for i in contexts.tolist()]
+        self.positions, self.visible = self.positions[contexts], self.visible[contexts]
+        self.layers = [(keys[contexts], values[contexts]) for keys, values in self.layers]
 
-    def _gather(self, contexts: Tensor) -> None:
-        """Move the given contexts' slots in use into new buffers with room for some steps."""
-        visible = self.visible[contexts]
-        beams = visible.size(1)
-        used = visible.any(dim=1)  # (B', S)
-        count = int(used.sum(dim=1).max())
-        slots = used.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-        self.visible = visible.gather(2, slots[:, None].expand(-1, beams, -1))
+    def _compact(self, beams: int) -> None:
+        """Move the slots that some beam sees to the front of buffers with room for some steps."""
+        seen = self.visible.any(dim=1)  # (B, S)
+        self.used = seen.sum(dim=1).tolist()
+        width = max(self.used)
+        slots = seen.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+        room = _whole_vectors(width + self.STEPS_OF_ROOM * beams)
+        rows = torch.arange(len(self.used), device=seen.device)[:, None]
 
         def moved(tensor: Tensor) -> Tensor:
-            room = count + self.STEPS_OF_ROOM * beams
-            buffer = tensor.new_empty((len(contexts), room, *tensor.shape[2:]))
-            buffer[:, :count] = tensor[contexts[:, None], slots]
+            buffer = tensor.new_zeros(len(tensor), room, *tensor.shape[2:])
+            buffer[:, :width] = tensor[rows, slots]
             return buffer
 
+        self.visible = moved(self.visible.transpose(1, 2)).transpose(1, 2)
         self.layers = [(moved(keys), moved(values)) for keys, values in self.layers]
+
+
+def _whole_vectors(slots: int) -> int:
+    return -(-slots // VECTOR) * VECTOR
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, slots: int) -> Tensor:
+    """Attention of (B, K, H, D) to the first `slots` that are visible."""
+    mixed = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        keys[:, :slots].transpose(1, 2),
+        values[:, :slots].transpose(1, 2),
+        visible[:, None, :, :slots],
+    )
+    return mixed.transpose(1, 2)
 
 
 class CachedModel(Protocol):
     """What decoding needs of a model; `model.GPT2LMModel` says what the methods do."""
 
-    def prefill(self, input_ids: Tensor, cache: DecodeCache) -> Tensor: ...
+    def prefill(self, prompts: Sequence[Tensor], cache: DecodeCache) -> Tensor: ...
     def decode_step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor: ...
 
 
@@ -89,10 +124,8 @@ def prefill(model: CachedModel, prompts: Sequence[Tensor]) -> tuple[Tensor, Deco
     Raises:
         ValueError: the logits are NaN.
     """
-    padded = pad_sequence(list(prompts), batch_first=True)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=padded.device)
-    cache = DecodeCache(lengths, padded.size(1))
-    logits = model.prefill(padded, cache)
+    cache = DecodeCache([len(prompt) for prompt in prompts], prompts[0].device)
+    logits = model.prefill(prompts, cache)
     if logits.isnan().any():
         raise ValueError("the model's logits are NaN; are its weights damaged?")
     return logits, cache

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from decoding.beam_search import (
     beam_search,
     largest,
 )
-from decoding.cache import DecodeCache
+from decoding.cache import SUMMED_IN_ONE, VECTOR, DecodeCache
 from decoding.packed import pack
 from decoding.rules import ban_repeated_ngrams
 from model import GPT2Config, GPT2LMModel
@@ -42,13 +43,11 @@ class TableModel:
     def next(self, states: Tensor, tokens: Tensor) -> Tensor:
         return (states * 31 + tokens + 1) % self.table.size(1)
 
-    def prefill(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
-        states = [torch.zeros(len(input_ids), dtype=torch.int64)]
-        for tokens in input_ids.T:
-            states.append(self.next(states[-1], tokens))
-        keys = torch.stack(states[1:], dim=1)
-        cache.add_layer(keys[..., None, None], torch.zeros_like(keys)[..., None, None])
-        return self.table[0, keys[torch.arange(len(keys)), cache.positions - 1]].clone()
+    def prefill(self, prompts: Sequence[Tensor], cache: DecodeCache) -> Tensor:
+        states = [self.read(prompt) for prompt in prompts]
+        keys = torch.tensor(states).repeat_interleave(cache.positions)[:, None, None]
+        cache.add_layer(keys, torch.zeros_like(keys))
+        return self.table[0, states].clone()
 
     def read(self, prompt: Tensor) -> int:
         state = torch.tensor(0)
@@ -62,7 +61,8 @@ class TableModel:
         states, counts = (held[:, :, 0, 0].gather(1, newest) for held in cache.layers[0])
         states, counts = self.next(states, input_ids), counts + 1
         cache.add_slots(input_ids.size(1))
-        cache.append(0, states[..., None, None], counts[..., None, None])
+        for held, new in zip(cache.layers[0], (states, counts), strict=True):
+            held[cache.new] = new[..., None, None]
         return self.table[counts, states].clone()
 
     def logits(self, prompt: Tensor, tokens: list[int]) -> Tensor:
@@ -371,6 +371,23 @@ def test_the_largest_are_those_of_topk(size: int, count: int) -> None:
     assert all(len(set(row)) == count for row in places.flatten(0, 1).tolist())
 
 
+@PROPERTY
+@given(
+    size=st.sampled_from([1, 40, 200, 700]),
+    count=st.integers(1, 12),
+    values=st.lists(st.sampled_from([-math.inf, -2.5, -1e-40, -0.0, 0.0, 3.0]), min_size=1),
+    seed=st.integers(0, 1000),
+)
+def test_of_equal_values_the_first_are_the_largest(
+    size: int, count: int, values: list[float], seed: int
+) -> None:
+    chosen = torch.randint(len(values), (2, size), generator=torch.Generator().manual_seed(seed))
+    table, count = torch.tensor(values)[chosen], min(count, size)
+    expected, order = table.sort(dim=-1, descending=True, stable=True)
+    best, places = largest(table, count)
+    assert torch.equal(places, order[:, :count]) and torch.equal(best, expected[:, :count])
+
+
 # GPT-2 itself: its cache, the original's outputs, and transformers.
 
 
@@ -398,9 +415,8 @@ def test_cached_steps_give_the_logits_of_whole_texts_through_reordering_and_leav
     prompts = ragged_prompts(4)
     texts = [[prompt] * beams for prompt in prompts]
     runner = pack(small_gpt2()) if packed else model
-    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    cache = DecodeCache(torch.tensor([len(prompt) for prompt in prompts]), padded.size(1))
-    logits = runner.prefill(padded, cache)
+    cache = DecodeCache([len(prompt) for prompt in prompts])
+    logits = runner.prefill(prompts, cache)
     for row, prompt in zip(logits, prompts, strict=True):
         torch.testing.assert_close(row, model(prompt[None])[0][0, -1], atol=1e-4, rtol=0)
     parents = torch.zeros(len(prompts), beams, dtype=torch.int64)
@@ -425,14 +441,60 @@ def test_cached_steps_give_the_logits_of_whole_texts_through_reordering_and_leav
 def test_the_cache_keeps_only_what_some_beam_still_sees() -> None:
     model, beams = small_gpt2(), 4
     with torch.inference_mode():
-        cache = DecodeCache(torch.tensor([6]), 6)
-        model.prefill(torch.ones(1, 6, dtype=torch.int64), cache)
+        cache = DecodeCache([6])
+        model.prefill([torch.ones(6, dtype=torch.int64)], cache)
         cache.reorder(torch.zeros(1, beams, dtype=torch.int64))
         for _ in range(50):
             model.decode_step(torch.ones(1, beams, dtype=torch.int64), cache)
             cache.reorder(torch.zeros(1, beams, dtype=torch.int64))
-    room = cache.STEPS_OF_ROOM * beams
-    assert cache.layers[0][0].size(1) <= 6 + 50 + room
+    room = cache.STEPS_OF_ROOM * beams + VECTOR
+    assert cache.layers[0][0].size(1) < 6 + 50 + room
+
+
+@pytest.mark.parametrize("longest", [19, 3 * SUMMED_IN_ONE])
+@torch.inference_mode()
+def test_a_context_has_the_same_logits_bit_for_bit_in_any_batch(longest: int) -> None:
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": longest + 20}
+    model = pack(GPT2LMModel(GPT2Config(97, initializer_range=0.3, **shape)).eval())
+    draw = torch.Generator().manual_seed(1)
+    lengths = [longest, 7, longest // 2, 1, longest - 1]
+    prompts = [torch.randint(97, (n,), generator=draw) for n in lengths]
+    choices = torch.randint(4, (20, 5, 4), generator=draw)  # parents of each step
+    tokens = torch.randint(97, (20, 5, 4), generator=draw)
+
+    def logits(contexts: list[int]) -> list[Tensor]:
+        cache = DecodeCache([lengths[i] for i in contexts])
+        found = [model.prefill([prompts[i] for i in contexts], cache)]
+        cache.reorder(torch.zeros(len(contexts), 4, dtype=torch.int64))
+        for parents, new in zip(choices[:, contexts], tokens[:, contexts], strict=True):
+            found.append(model.decode_step(new, cache))
+            cache.reorder(parents)
+        return found
+
+    together = logits([0, 1, 2, 3, 4])
+    for context in range(5):
+        for alone, rows in zip(logits([context]), together, strict=True):
+            assert torch.equal(alone[0], rows[context])
+
+
+@pytest.mark.parametrize("search", ["original", "hf"])
+@pytest.mark.parametrize("vocabulary", [64, 2048])
+def test_twin_tokens_give_the_same_texts_whatever_the_batch(search: str, vocabulary: int) -> None:
+    """Tokens i and i + V / 2 have one embedding, so whatever is found has an equal rival."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    model = GPT2LMModel(GPT2Config(vocabulary, initializer_range=0.3, **shape)).eval()
+    twin = vocabulary // 2
+    with torch.no_grad():
+        model.transformer.wte.weight[twin:] = model.transformer.wte.weight[:twin]
+    pack(model)
+    chosen = SearchSettings(beam=5, eval_len=15, end_ids=(0, twin), search=search)
+    prompts = ragged_prompts(60, vocabulary)
+    alone = beam_search(model, prompts, chosen, 1, 3)
+    assert any(found[0].score == found[1].score for found in alone)
+    for batch_size in (2, 7, 60):
+        assert beam_search(model, prompts, chosen, batch_size, 3) == alone
 
 
 @torch.inference_mode()

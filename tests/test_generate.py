@@ -90,12 +90,12 @@ def test_a_prompt_ends_with_the_end_token_and_keeps_its_tail_where_it_is_too_lon
     tokenizer = load_tokenizer(NANO)
     model, header = checkpoints.load(NANO)
     asked = []
-    model.prefill = lambda ids, cache: asked.append(ids) or type(model).prefill(model, ids, cache)
+    model.prefill = lambda ids, cache: asked.extend(ids) or type(model).prefill(model, ids, cache)
     text = " ".join(["name : The Green Owl |"] * 200)
     decoding.generate(model.train(), tokenizer, [text], beam=1, eval_len=2)
     whole = tokenizer.encode(text).ids
     assert header is None and model.training
-    assert asked[0].tolist() == [[*whole[-509:], tokenizer.token_to_id(END_OF_TEXT)]]
+    assert asked[0].tolist() == [*whole[-509:], tokenizer.token_to_id(END_OF_TEXT)]
     assert len(whole) > model.config.n_positions
 
 

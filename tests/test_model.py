@@ -323,8 +323,7 @@ def test_every_module_is_called_so_that_hooks_and_profilers_see_it() -> None:
     assert called == expected
     called.clear()
     with torch.no_grad():
-        cache = DecodeCache(torch.tensor([9, 9, 9]), 9)
-        gpt.prefill(torch.zeros(3, 9, dtype=torch.int64), cache)
+        gpt.prefill([torch.zeros(n, dtype=torch.int64) for n in (9, 2)], DecodeCache([9, 2]))
     assert called == expected - {""}
 
 

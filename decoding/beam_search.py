@@ -234,13 +234,17 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _first_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(count)` of fp32 values, with equal ones in their order: topk of integers that
-    are ordered as the values are, and where these are equal fall from place to place."""
-    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0, to which it is equal
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    places = torch.arange(values.size(-1), device=values.device)
-    order = ((ordered.long() << 32) - places).topk(count)[1]
-    return values.gather(-1, order), order
+    """`values.topk(count)` of fp32 values, with equal ones in their order."""
+    best, order = values.topk(min(count + 1, values.size(-1)))
+    if (best[..., 1:] == best[..., :-1]).any():
+        # Integers that are ordered as the values are, and where these are equal by their places;
+        # adding 0 makes -0.0 the 0.0 that it is equal to.
+        bits = (values + 0.0).view(torch.int32)
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+        order = ((ordered << 32) - torch.arange(values.size(-1), device=values.device)).topk(count)[
+            1
+        ]
+    return best[..., :count], order[..., :count]
 
 
 def _select(tokens: Tensor, beams: Tensor) -> Tensor:

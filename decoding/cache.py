@@ -61,9 +61,12 @@ class DecodeCache:
         width = _whole_vectors(max(self.used))
         if width <= SUMMED_IN_ONE or query.is_cuda:
             return _attend(query, keys, values, self.visible, width)
-        parts = zip(*(t.split(1) for t in (query, keys, values, self.visible)), strict=True)
+        alone = [slice(context, context + 1) for context in range(len(self.used))]
         return torch.cat(
-            [_attend(*part, _whole_vectors(n)) for part, n in zip(parts, self.used, strict=True)]
+            [
+                _attend(query[i], keys[i], values[i], self.visible[i], _whole_vectors(n))
+                for i, n in zip(alone, self.used, strict=True)
+            ]
         )
 
     def reorder(self, parents: Tensor) -> None:

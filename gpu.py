@@ -110,26 +110,29 @@ class Runtime:
 
 def add_gpu_params(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `parse_gpu` reads."""
-    group = parser.add_argument_group("where it runs")
-    group.add_argument("--platform", default="local", help="local, or any machine under torchrun")
-    group.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
-    group.add_argument(
-        "--device", default="auto", help=f"{', '.join(DEVICES)}; auto is cuda or cpu (default)"
+    add = parser.add_argument_group("where it runs").add_argument
+    add(
+        "--device",
+        default="auto",
+        help=f"One of {', '.join(DEVICES)}; auto, the default, is cuda where there is one and cpu "
+        "elsewhere.",
     )
-    group.add_argument("--fp16", action="store_true", help="float16 autocast with loss scaling")
-    group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    group.add_argument(
+    add("--bf16", action="store_true", help="Computes in bfloat16 where it can (autocast).")
+    add("--fp16", action="store_true", help="Computes in float16, with loss scaling; CUDA only.")
+    add("--random_seed", type=int, default=110, help="Default: 110.")
+    add(
         "--deterministic",
         action="store_true",
-        help="only algorithms that give the same bits each time, slower on a GPU",
+        help="Uses only algorithms that give the same bits each time, which is slower on a GPU.",
     )
-    group.add_argument("--random_seed", type=int, default=110, help="default: %(default)s")
-    group.add_argument(
+    add(
         "--dist_timeout",
         type=float,
         default=1800,
-        help="seconds a rank waits for the others before it gives up (default: %(default)s)",
+        help="Seconds that a rank waits for the others before it gives up. Default: 1800.",
     )
+    add("--platform", default="local", help="Only local works, also under torchrun.")
+    add("--local_rank", "--local-rank", type=int, help="Set by the launcher.")
 
 
 def parse_gpu(args: argparse.Namespace) -> Runtime:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from common.errors import InputError
 
 SCHEDULERS = ("linear", "cosine", "inv_sqrt", "constant", "cycle")
-ADAMW = "AdamW: the original's formula, torch.optim.AdamW, or NVIDIA apex's FusedAdam"
+RECIPE_WARMUP = 500
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,45 @@ class OptimizerSettings:
 
 def add_optimizer_params(parser: argparse.ArgumentParser) -> None:
     """Add the flags that the two factories below read; defaults are the E2E recipe."""
-    group = parser.add_argument_group("optimizer")
-    add = group.add_argument
-    add("--optimizer", choices=("original", "torch", "apex"), default="original", help=ADAMW)
-    add("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
-    add("--lora_plus_ratio", type=float, default=1, help="lr of B by lr of A (default: 1)")
-    add("--weight_decay", type=float, default=0.01, help="decoupled (default: %(default)s)")
-    add("--correct_bias", action="store_true", default=True, help="correct Adam's bias (default)")
-    add("--no_correct_bias", dest="correct_bias", action="store_false")
-    add("--adam_epsilon", "--adam_epislon", type=float, default=1e-6, help="default: %(default)s")
-    add("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
-    add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
-    add("--no_decay_bias", action="store_true", help="no decay on biases and LayerNorm weights")
-    add("--scheduler", default="linear", help=f"{', '.join(SCHEDULERS)} (default: %(default)s)")
-    add("--warmup_step", type=int, default=500, help="steps of linear warm-up (default: 500)")
-    add("--i_steps", default="0", help="cycle: comma-separated steps, from 0 up")
-    add("--i_lrs", default="0.00025", help="cycle: the learning rate at each of --i_steps")
+    add = parser.add_argument_group("optimizer").add_argument
+    add(
+        "--optimizer",
+        choices=("original", "torch", "apex"),
+        default="original",
+        help="AdamW by the original's formula (default), PyTorch's, or NVIDIA apex's.",
+    )
+    add("--lr", type=float, default=2e-4, help="The peak learning rate. Default: 0.0002.")
+    add(
+        "--scheduler",
+        default="linear",
+        help=f"How the rate falls: {', '.join(SCHEDULERS)}. Default: linear.",
+    )
+    add(
+        "--warmup_step",
+        type=int,
+        help=f"Steps in which the rate rises from 0. Default: {RECIPE_WARMUP}, or a tenth of the "
+        "steps where that is less.",
+    )
+    add("--weight_decay", type=float, default=0.01, help="Decoupled decay. Default: 0.01.")
+    add("--no_decay_bias", action="store_true", help="Biases and LayerNorm weights do not decay.")
+    add(
+        "--lora_plus_ratio",
+        type=float,
+        default=1,
+        help="How many times the rate of A the rate of B is (LoRA+). Default: 1.",
+    )
+    add("--adam_epsilon", "--adam_epislon", type=float, default=1e-6, help="Default: 1e-6.")
+    add("--adam_beta1", type=float, default=0.9, help="Default: 0.9.")
+    add("--adam_beta2", type=float, default=0.999, help="Default: 0.999.")
+    add(
+        "--correct_bias",
+        action="store_true",
+        default=True,
+        help="Adam's bias is corrected, which is the default.",
+    )
+    add("--no_correct_bias", dest="correct_bias", action="store_false", help="It is not corrected.")
+    add("--i_steps", default="0", help="For cycle: comma-separated steps, from 0 up.")
+    add("--i_lrs", default="0.00025", help="For cycle: the learning rate at each of --i_steps.")
 
 
 class AdamW(Optimizer):
@@ -168,22 +191,36 @@ def create_adam_optimizer_from_args(model: nn.Module, settings: OptimizerSetting
     which is on its device already.
 
     Raises:
-        InputError: apex is asked for and is not there, or there is no CUDA device for it.
+        InputError: as `optimizer_class` does.
     """
-    s = settings
-    groups = create_grouped_parameters(
-        model, s.weight_decay, s.no_decay_bias, s.lr, s.lora_plus_ratio
+    s, on_cuda = settings, any(p.is_cuda for p in model.parameters())
+    kind = optimizer_class(s, on_cuda)
+    own: dict[str, Any] = {
+        "original": {"correct_bias": s.correct_bias},
+        "torch": {"fused": on_cuda},
+    }
+    return kind(
+        create_grouped_parameters(model, s.weight_decay, s.no_decay_bias, s.lr, s.lora_plus_ratio),
+        lr=s.lr,
+        betas=(s.adam_beta1, s.adam_beta2),
+        eps=s.adam_epsilon,
+        weight_decay=s.weight_decay,
+        **own.get(s.optimizer, {"adam_w_mode": True}),
     )
-    betas = s.adam_beta1, s.adam_beta2
-    rest: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay}
-    if s.optimizer == "original":
-        return AdamW(groups, betas=betas, eps=s.adam_epsilon, correct_bias=s.correct_bias, **rest)
-    if not s.correct_bias:
+
+
+def optimizer_class(settings: OptimizerSettings, on_cuda: bool) -> Callable[..., Optimizer]:
+    """Return what `--optimizer` names.
+
+    Raises:
+        InputError: apex is asked for and is not there, or there is no CUDA device for it; or the
+            optimizer cannot leave the bias correction out.
+    """
+    if settings.optimizer == "original":
+        return AdamW
+    if not settings.correct_bias:
         raise InputError("--no_correct_bias goes with --optimizer original only")
-    on_cuda = any(p.is_cuda for p in model.parameters())
-    if s.optimizer == "torch":
-        return torch.optim.AdamW(groups, betas=betas, eps=s.adam_epsilon, fused=on_cuda, **rest)
-    return _fused_adam(on_cuda)(groups, betas=betas, eps=s.adam_epsilon, adam_w_mode=True, **rest)
+    return torch.optim.AdamW if settings.optimizer == "torch" else _fused_adam(on_cuda)
 
 
 def _fused_adam(on_cuda: bool) -> Callable[..., Optimizer]:
@@ -202,9 +239,15 @@ def _fused_adam(on_cuda: bool) -> Callable[..., Optimizer]:
 
 
 def create_optimizer_scheduler(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaLR:
-    """Return the schedule that `--scheduler` names; call its `step()` once per optimizer step.
+    """Return the schedule that `--scheduler` names; call its `step()` once per optimizer step."""
+    return LambdaLR(optimizer, rate_factor(settings))
 
-    Step s, from 0 up, runs at lr · factor(s).
+
+def rate_factor(settings: OptimizerSettings) -> Callable[[int], float]:
+    """Return the function by which step s, from 0 up, runs at lr · factor(s).
+
+    Raises:
+        InputError: there is no such schedule, or it does not fit the run's steps.
     """
     if settings.scheduler == "dev_perf":
         raise InputError("--scheduler dev_perf was never defined; use linear or another schedule")
@@ -213,7 +256,7 @@ def create_optimizer_scheduler(optimizer: Optimizer, settings: OptimizerSettings
             f"--scheduler {settings.scheduler} is unknown; give one of {', '.join(SCHEDULERS)}"
         )
     if settings.scheduler == "cycle":
-        return LambdaLR(optimizer, _cycle(settings.i_steps, settings.i_lrs, settings.lr))
+        return _cycle(settings.i_steps, settings.i_lrs, settings.lr)
     warmup, total = settings.warmup_step, settings.max_step
     if not 0 <= warmup < total:
         raise InputError(
@@ -225,14 +268,12 @@ def create_optimizer_scheduler(optimizer: Optimizer, settings: OptimizerSettings
         "inv_sqrt": lambda step: math.sqrt(max(warmup, 1) / max(step, 1)),
         "constant": lambda step: 1.0,
     }[settings.scheduler]
-    return LambdaLR(
-        optimizer,
-        lambda step: step / warmup if step < warmup else decay(min(step, total)),
-    )
+    return lambda step: step / warmup if step < warmup else decay(min(step, total))
 
 
 def _cycle(i_steps: str, i_lrs: str, lr: float) -> Callable[[int], float]:
-    """Linear between the points (step, learning rate), constant after the last."""
+    """Return the factor that is linear between the points (step, learning rate) and constant after
+    the last."""
     try:
         points = [int(step) for step in i_steps.split(",")]
         rates = [float(rate) for rate in i_lrs.split(",")]

@@ -24,6 +24,7 @@ from checkpoints.base import (
     load_weights,
     model_config,
     read_base,
+    read_shapes,
     read_tensors,
 )
 from checkpoints.header import FORMAT_VERSION, AdapterHeader, Base, Vocabulary
@@ -32,4 +33,4 @@ __all__ = ["FORMAT_VERSION", "PEFT_FILES", "AdapterHeader", "Base", "BaseWeights
 __all__ += ["Vocabulary", "apply_trained", "assemble", "base_fingerprint", "card_of"]
 __all__ += ["check_vocabulary", "find_adapter", "load", "load_adapters", "load_base"]
 __all__ += ["load_weights", "merge", "model_config", "parse_targets", "read_adapter", "read_base"]
-__all__ += ["read_tensors", "run_flags", "save_adapter", "share_weights"]
+__all__ += ["read_shapes", "read_tensors", "run_flags", "save_adapter", "share_weights"]

@@ -36,9 +36,9 @@ def weight_files(path: str | Path) -> list[Path]:
     return [file for file in candidates if file.is_file()]
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a `.safetensors`, `.bin` or `.pt` file, of a model folder, or of a model that
-    `hub.find` knows by name; on the CPU.
+    `hub.find` knows by name; on the CPU, or on the device meta without their values.
 
     Raises:
         InputError: the file is absent, damaged, or holds anything but tensors.
@@ -52,8 +52,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         names = ", ".join(hub.REPOSITORIES)
         raise InputError(f"{path} does not exist; give a file, a model folder, or one of {names}")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[1]
+    # A .safetensors file is mapped: its values are read when they are needed.
+    tensors = read_safetensors(path)[1] if path.suffix == ".safetensors" else _read_named(path)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _read_named(path: Path) -> dict[str, Tensor]:
     state = read_pickle(path)
     state = state.get("model_state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(
@@ -165,7 +169,8 @@ def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state[name] = tensor
     embedding = state.get("transformer.wte.weight")
     for head in heads:
-        if embedding is None or not torch.equal(head, embedding):
+        is_tied = embedding is not None and (head.is_meta or torch.equal(head, embedding))
+        if not is_tied:
             raise InputError("tensor lm_head.weight differs from wte.weight; GPT-2's head is tied")
     return _as_lora(state)
 
@@ -290,11 +295,22 @@ class BaseWeights:
         return table
 
 
-def read_base(path: str | Path) -> BaseWeights:
+def read_shapes(path: str | Path) -> BaseWeights:
+    """As `read_base`, with tensors on the device meta, which have no values. Nothing is downloaded:
+    a published base that is not at hand has the shapes of its card."""
+    name = hub.published_name(path)
+    if name is None or hub.at_hand(path) is not None:
+        return read_base(path, "meta")
+    card = hub.CARDS[name]
+    with torch.device("meta"):
+        return BaseWeights(str(path), GPT2LMModel(GPT2Config(**MODEL_CARDS[card])).state_dict())
+
+
+def read_base(path: str | Path, device: str = "cpu") -> BaseWeights:
     """Read a base checkpoint: a file, a model folder, or a published name."""
     try:
         found = hub.find(path)
-        tensors = read_tensors(found)
+        tensors = read_tensors(found, device)
         state = canonical_names(tensors)
         folder = found if found.is_dir() else found.parent
         config = {}

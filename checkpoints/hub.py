@@ -20,6 +20,7 @@ REPOSITORIES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 ALIASES = {"gpt2-small": "gpt2"}
+CARDS = {"gpt2": "gpt2.sm", "gpt2-medium": "gpt2.md", "gpt2-large": "gpt2.lg", "gpt2-xl": "gpt2.xl"}
 FILE = "model.safetensors"
 
 
@@ -42,25 +43,43 @@ def find(path: str | Path) -> Path:
     Raises:
         InputError: the hub cannot be reached, or the file is not what the hub says it is.
     """
-    name, _, revision = str(path).partition("@")
-    name = ALIASES.get(name, name.removeprefix("openai-community/"))
-    if Path(path).exists() or name not in REPOSITORIES:
+    published = _named(path)
+    if published is None:
         return Path(path)
-    local = FOLDER / name / FILE
-    if local.is_file() and not revision:
-        return local
-    file = _download(name, revision or "main")
-    _verify(file)
+    file = at_hand(path) or _download(*published)
+    if file.parent.parent != FOLDER:
+        _verify(file)
     return file
 
 
+def at_hand(path: str | Path) -> Path | None:
+    """Return what `find` does, or None where it would have to be downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    published = _named(path)
+    if published is None:
+        return Path(path)
+    name, revision = published
+    local = FOLDER / name / FILE
+    if local.is_file() and "@" not in str(path):
+        return local
+    cached = try_to_load_from_cache(REPOSITORIES[name], FILE, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _named(path: str | Path) -> tuple[str, str] | None:
+    """The published name and the revision that a path stands for; None if something is there."""
+    name, _, revision = str(path).partition("@")
+    name = ALIASES.get(name, name.removeprefix("openai-community/"))
+    if Path(path).exists() or name not in REPOSITORIES:
+        return None
+    return name, revision or "main"
+
+
 def _download(name: str, revision: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download
 
     repository = REPOSITORIES[name]
-    cached = try_to_load_from_cache(repository, FILE, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
     try:
         if not constants.HF_HUB_OFFLINE:
             _reach(constants.ENDPOINT)

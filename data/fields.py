@@ -44,7 +44,7 @@ def add_fields_flag(add: Callable[..., object]) -> None:
     add(
         "--fields",
         metavar="CONTEXT:COMPLETION",
-        help="columns of the data (default: the usual names, docs/data.md); a + joins two of them",
+        help="Columns of the data; a + joins two of them. Default: the usual names (docs/data.md).",
     )
 
 

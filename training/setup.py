@@ -2,13 +2,13 @@
 
 import argparse
 import math
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 from torch.amp import GradScaler
 
 import checkpoints
@@ -21,16 +21,20 @@ from data_utils import EpochSampler, FT_Dataset, load_tokenizer
 from gpu import Runtime
 from model import GPT2Config, GPT2LMModel
 from optimizer import (
+    RECIPE_WARMUP,
     OptimizerSettings,
     create_adam_optimizer_from_args,
     create_optimizer_scheduler,
+    optimizer_class,
+    rate_factor,
 )
+from training.flags import DEFAULT_EPOCHS, FULL_KEEPS, RECIPE_LOG_INTERVAL
 from training.log import RunLog
+from training.report import print_disk, print_sizes, trained_parameters
 from training.resume import State, check_equal_ranks, check_settings, flat, restore
 from training.run import Plan, Run, RunSettings
 
 T = TypeVar("T")
-DEFAULT_EPOCHS = 5
 
 # Flags that a rank may have to itself: the same files may have other paths on another machine.
 OWN_OF_A_RANK = {
@@ -77,6 +81,7 @@ RESULT_SETTINGS = [
 
 def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: State | None) -> Run:
     """Return the run that the flags describe, put back to `state` if there is one."""
+    check_early(args, runtime)
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
     base = None if args.init_checkpoint == "none" else checkpoints.read_base(args.init_checkpoint)
     gpu.seed_everything(args.random_seed)
@@ -89,7 +94,8 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
     then = state and state.header.vocabulary
     if then and tokenizer is not None and then.is_of(tokenizer):
         header = replace(header, vocabulary=then)  # an older fingerprint of it stays as it was
-    flags = resolved_flags(args, runtime, plan, work_dir, model)
+    settings = run_settings(args, plan, work_dir)
+    flags = resolved_flags(args, runtime, plan, settings, model)
     shared = {name: value for name, value in flags.items() if name not in OWN_OF_A_RANK}
     valid_data = valid.rows.source.sha256 if valid else None
     check_equal_ranks(runtime, shared | flat(header) | {"valid_data": valid_data})
@@ -97,16 +103,14 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
         check_settings(state, header)
     model.transformer.gradient_checkpointing = args.gradient_checkpointing
     model.to(runtime.device).train()
-    settings = from_flags(
-        OptimizerSettings, args, max_step=plan.max_step, warmup_step=plan.warmup_step
-    )
-    optimizer = create_adam_optimizer_from_args(model, settings)
-    scheduler = create_optimizer_scheduler(optimizer, settings)
+    for_optimizer = optimizer_settings(args, plan)
+    optimizer = create_adam_optimizer_from_args(model, for_optimizer)
+    scheduler = create_optimizer_scheduler(optimizer, for_optimizer)
     # Equal models on all ranks, but dropout of their own.
     gpu.seed_everything(args.random_seed + runtime.rank)
     run = Run(
         runtime=runtime,
-        settings=from_flags(RunSettings, args, work_dir=work_dir),
+        settings=settings,
         plan=plan,
         flags=flags,
         model=runtime.wrap(model),
@@ -134,14 +138,49 @@ def from_flags(kind: type[T], args: argparse.Namespace, **resolved: object) -> T
 
 def show_plan(args: argparse.Namespace, runtime: Runtime) -> None:
     """Print the sizes of the run that these flags start. Nothing is written, and no weights are
-    read or made: the model has the card's own shape."""
+    read or made: of the base the shapes are enough."""
+    check_early(args, runtime)
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
+    base = None if args.init_checkpoint == "none" else checkpoints.read_shapes(args.init_checkpoint)
     with torch.device("meta"):
-        model = build_model(args, None, tokenizer)
+        model = build_model(args, base, tokenizer)
     train, _ = load_data(args, runtime, tokenizer, model.config)
     plan = plan_steps(args, runtime, len(train), None)
+    settings = run_settings(args, plan, Path(args.work_dir or "runs"))
+    rate_factor(optimizer_settings(args, plan))
     if runtime.rank == 0:
-        print_sizes(args, runtime, plan, model, len(train), args.work_dir)
+        print_sizes(model, runtime, plan, len(train), args.work_dir)
+        print_disk(model, plan, settings, bool(args.valid_data))
+
+
+def check_early(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Refuse what can be refused before any file is read.
+
+    Raises:
+        InputError: there is no such optimizer or schedule here, or an adapter's settings are wrong.
+    """
+    endless = Plan(1, 1, 1, args.max_step or sys.maxsize, None, args.warmup_step or 0)
+    settings = optimizer_settings(args, endless)
+    optimizer_class(settings, runtime.device.type == "cuda")
+    rate_factor(settings)
+    adapter_settings(args)
+
+
+def run_settings(args: argparse.Namespace, plan: Plan, work_dir: Path) -> RunSettings:
+    """Return what the loop obeys; the defaults of some flags follow from others."""
+    keep_last, log_interval = args.keep_last, args.log_interval
+    if keep_last is None:
+        keep_last = FULL_KEEPS if method_of(args) == "full" else 0
+    if log_interval is None:
+        log_interval = min(RECIPE_LOG_INTERVAL, max(plan.max_step // 10, 1))
+    return from_flags(
+        RunSettings, args, work_dir=work_dir, keep_last=keep_last, log_interval=log_interval
+    )
+
+
+def optimizer_settings(args: argparse.Namespace, plan: Plan) -> OptimizerSettings:
+    """Return what the optimizer and its schedule obey."""
+    return from_flags(OptimizerSettings, args, max_step=plan.max_step, warmup_step=plan.warmup_step)
 
 
 def build_model(
@@ -253,7 +292,7 @@ def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: Sta
             )
         grad_acc = before // per_micro_batch
     steps_per_epoch = math.ceil(rows / (per_micro_batch * grad_acc))
-    max_step, max_epoch = args.max_step, args.max_epoch
+    max_step, max_epoch, warmup = args.max_step, args.max_epoch, args.warmup_step
     if max_step is None:
         max_epoch = max_epoch or DEFAULT_EPOCHS
         max_step = steps_per_epoch * max_epoch
@@ -263,7 +302,7 @@ def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: Sta
         steps_per_epoch=steps_per_epoch,
         max_step=max_step,
         max_epoch=max_epoch,
-        warmup_step=args.warmup_step,
+        warmup_step=min(RECIPE_WARMUP, max_step // 10) if warmup is None else warmup,
     )
 
 
@@ -276,7 +315,11 @@ def sampler_of(args: argparse.Namespace, runtime: Runtime, plan: Plan, rows: int
 
 
 def resolved_flags(
-    args: argparse.Namespace, runtime: Runtime, plan: Plan, work_dir: Path, model: GPT2LMModel
+    args: argparse.Namespace,
+    runtime: Runtime,
+    plan: Plan,
+    settings: RunSettings,
+    model: GPT2LMModel,
 ) -> dict[str, object]:
     """Return every flag with the value it came to, and what else people compare runs by."""
     place = {
@@ -284,18 +327,13 @@ def resolved_flags(
         "world_size": runtime.world_size,
         "local_rank": runtime.local_rank,
         "device": str(runtime.device),
-        "work_dir": str(work_dir),
+        "work_dir": str(settings.work_dir),
     }
     own = {
         "model_card": checkpoints.card_of(model.state_dict()),
         "trained_parameters": trained_parameters(model),
     }
-    return vars(args) | asdict(plan) | place | own
-
-
-def trained_parameters(model: nn.Module) -> int:
-    """Return how many numbers are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return vars(args) | asdict(plan) | asdict(settings) | place | own
 
 
 def describe_adapter(
@@ -322,28 +360,4 @@ def describe_adapter(
         seed=args.random_seed,
         train_data=train_data,
         settings={name: resolved[name] for name in RESULT_SETTINGS} | columns,
-    )
-
-
-def print_flags(flags: dict[str, object]) -> None:
-    """Print all settings of the run."""
-    print("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(flags.items())))
-
-
-def print_sizes(
-    args: argparse.Namespace,
-    runtime: Runtime,
-    plan: Plan,
-    model: nn.Module,
-    rows: int,
-    work_dir: Path | str | None,
-) -> None:
-    """Print what is trained and for how long."""
-    total = sum(p.numel() for p in model.parameters())
-    card = checkpoints.card_of(gpu.unwrap(model).state_dict())
-    print(
-        f"{card}: {trained_parameters(model):,} trainable parameters of {total:,}, "
-        f"{runtime.precision} on {runtime.device}, {runtime.world_size} process(es); {rows:,} "
-        f"rows in steps of {plan.global_batch}, {plan.steps_per_epoch:,} steps an epoch, "
-        f"{plan.max_step:,} in all; into {work_dir or 'the next runs/NNN'}"
     )

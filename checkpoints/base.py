@@ -301,9 +301,9 @@ def read_shapes(path: str | Path) -> BaseWeights:
     name = hub.published_name(path)
     if name is None or hub.at_hand(path) is not None:
         return read_base(path, "meta")
-    card = hub.CARDS[name]
+    shape: dict[str, Any] = dict(MODEL_CARDS[hub.CARDS[name]])
     with torch.device("meta"):
-        return BaseWeights(str(path), GPT2LMModel(GPT2Config(**MODEL_CARDS[card])).state_dict())
+        return BaseWeights(str(path), GPT2LMModel(GPT2Config(**shape)).state_dict())
 
 
 def read_base(path: str | Path, device: str = "cpu") -> BaseWeights:

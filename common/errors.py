@@ -30,7 +30,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # at once, as processes share a terminal
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)

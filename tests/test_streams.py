@@ -93,6 +93,6 @@ def test_a_run_outlives_its_readers(nano: Tiny) -> None:
 
 
 def test_an_error_for_a_reader_that_left_still_has_its_exit_code(nano: Tiny) -> None:
-    process = start(["gpt2_ft.py", *nano.argv("run", "--lora_dim", "x")], stdin=subprocess.DEVNULL)
+    process = start(["gpt2_ft.py", *nano.argv("run", "--lora_dim", "x")])
     process.stderr.close()
     assert process.wait(60) == 2

@@ -114,24 +114,12 @@ def budget_table(results: list[dict]) -> str:
     return grid(["part of a run", "seconds, one thread"], rows)
 
 
-def headline_table(results: list[dict]) -> str:
-    """A few rows for README."""
-    rows = []
-    kinds = ("full", "top2", "bitfit", "lora", "dora")
-    for setting in [*map(Setting, kinds), Setting("lora", 16), Setting("lora", 64)]:
-        runs = runs_of(results, setting)
-        rank = f", r {setting.rank}" if setting.kind in ("lora", "dora") else ""
-        *scores, _ = score_cells(runs)
-        rows.append([figures.NAMES[setting.kind] + rank, trained(runs), *scores])
-    return grid(["method", "trained", *SCORE_HEADS[:-1]], rows)
-
-
 def make_tables() -> dict[str, str]:
     """Every table by its name."""
     sweep, bench = read_results(RESULTS / "e2e-mini"), read_results(RESULTS / "bench")
     makers: dict[str, Callable[[list[dict]], str]] = {
         "kinds": kinds_table, "ranks": ranks_table, "data": data_table,
-        "targets": targets_table, "budget": budget_table, "headline": headline_table,
+        "targets": targets_table, "budget": budget_table,
     }  # fmt: skip
     return (
         {name: make(sweep) for name, make in makers.items()}

@@ -92,7 +92,7 @@ class Soak:
 
     def starts(self) -> int:
         """How often training began or went on."""
-        return self.output.read_text(encoding="utf-8").count("Settings: ")
+        return self.output.read_text(encoding="utf-8").count("Settings other than ")
 
     def adapters(self) -> list[bytes]:
         """The last and the best adapter."""

@@ -198,11 +198,7 @@ def write_merged(adapter: LoadedAdapter, folder: Path) -> list[Path]:
 def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
     """The weights with every adapter summed into its layer, in fp32, under Hugging Face's names;
     the head only where an adapter of the embedding has parted the two."""
-    state = {name: t.float() for name, t in model.state_dict().items() if "lora_" not in name}
-    for name, layer in model.named_modules():
-        if isinstance(layer, lora.LoRALayer) and layer.adapted:
-            layer.merge()
-            state[f"{name}.weight"] = layer.weight.float()
+    state = {name: tensor.float() for name, tensor in lora.merged_state_dict(model).items()}
     if "wte" in model.config.targets:
         state["lm_head.weight"] = model.head_weight.float()
     return state

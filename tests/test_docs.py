@@ -48,7 +48,7 @@ LEFT_OUT = {
     "python -m experiments.sweep": "runs for hours; listed in the test below",
 }  # fmt: skip
 
-# What makes a command small: its program, what stands in for `...`, what is put behind it.
+# What makes a command small: its program, what stands in for `...`, what is put after it.
 DATA = "--train_data my/train.jsonl --vocab vocab --init_checkpoint " + NANO
 TINY = {
     "gpt2_ft.py": (

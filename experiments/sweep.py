@@ -1,239 +1,227 @@
-"""The experiment on E2E: what is trained, rank and scaling, size of the data, layers; three seeds
-each.
+"""Which method for my data: train, decode and score each, over seeds, and compare them.
 
-    python -m experiments.sweep [kinds] [ranks] [data] [targets] --workers 2 --threads 1
+    python -m experiments.sweep --methods lora:r=4 full --max_step 50     the shipped sample, base
+    python -m experiments.sweep --train_data train.jsonl --valid_data valid.jsonl \\
+        --test_data test.jsonl --init_checkpoint gpt2 --vocab vocab --out results/mine \\
+        --methods lora:r=4 lora:r=16,targets=all full top2 bitfit --lr 2e-4 1e-3 5e-3 \\
+        --max_step 2000 --seeds 3
 
-Each run adapts the mini base (`python -m data.make_base mini`) to E2E by 1,000 steps of batch 8,
-decodes the 630 test inputs and scores them; its JSON goes to results/e2e-mini/, its files to
-runs/sweep/. What is done is skipped, what was stopped is resumed. `--dry_run` lists both.
+The learning rate of each method is that of the lowest validation loss after --grid_steps. Each run
+writes its result into --out, its files into --out/runs. The same command again does what is missing
+and resumes what was stopped. At the end stand a table and a figure in --out/comparison.md and .png.
 """
 
 import argparse
-import json
-import os
-import random
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from checkpoints import read_adapter
-from common.errors import InputError, run
-from common.files import read_json_lines, replacing, write_json
+import checkpoints
+from common.errors import InputError, Parser
+from common.errors import run as run_program
+from common.sample import sample_settings
+from data.fields import add_fields_flag
+from data.readers import DataFile
+from eval.metrics import METRICS
+from experiments.launch import carry_out
+from experiments.methods import KINDS, Method, parse_methods
+from experiments.runs import GRID_SEED, Run, Setup, is_done, read_result
 
-ROOT = Path(__file__).resolve().parents[1]
-
-RESULTS, RUNS = ROOT / "results" / "e2e-mini", ROOT / "runs" / "sweep"
-DATASET = ROOT / "datasets" / "e2e"
-SEEDS = (1, 2, 3)
-STEPS = 1000
-ALL_ROWS = 42_061
-ROWS = (100, 500, 4000, ALL_ROWS)
-TARGETS = ("q,v", "all", "fc,proj", "q,k,v,o")
-VALID_ROWS = 400
-# Flags of each kind, and its learning rate; docs/experiments.md says how these were chosen.
-KINDS: dict[str, tuple[list[str], float]] = {
-    "lora": ([], 5e-3),
-    "rslora": (["--use_rslora"], 5e-3),
-    "lora_plus": (["--lora_plus_ratio=16"], 2e-3),
-    "dora": (["--lora_kind=dora"], 5e-3),
-    "pissa": (["--lora_kind=pissa"], 5e-3),
-    "lora_fa": (["--lora_kind=lora_fa"], 5e-3),
-    "full": (["--lora_dim=0"], 2e-3),
-    "top2": (["--lora_dim=0", "--train_top=2"], 2e-3),
-    "bitfit": (["--lora_dim=0", "--train_bias=all"], 2e-2),
-}
-BASE = {
-    "model_card": "gpt2.mini",
-    "init_checkpoint": "data/mini/model.safetensors",
-    "vocab": "data/mini",
-}
-TRAINING = {
-    "seq_len": 256, "warmup_step": 100, "eval_interval": 250, "save_interval": 250, "keep_last": 1,
-    "log_interval": 50, "valid_batch_size": 16, "resume": "auto",
-}  # fmt: skip
+FILES = ("train_data", "valid_data", "test_data", "init_checkpoint")
+RATES = (2e-4, 1e-3, 5e-3)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One run: what is trained, with which rank, seed, number of training rows, in which layers."""
+class Comparison:
+    """Methods to compare: each with every number of rows (0 is all) and every seed, the learning
+    rates between which short runs choose, and the steps of a run and of a short one."""
 
-    kind: str = "lora"
-    rank: int = 4
-    seed: int = 1
-    rows: int = ALL_ROWS
-    targets: str = TARGETS[0]
+    setup: Setup
+    methods: tuple[Method, ...]
+    rates: tuple[float, ...] = RATES
+    steps: int = 1000
+    grid_steps: int = 200
+    seeds: tuple[int, ...] = (1, 2, 3)
+    rows: tuple[int, ...] = (0,)
 
-    @property
-    def adapter_rank(self) -> int:
-        """The rank, 0 where no adapter is trained."""
-        return 0 if "--lora_dim=0" in KINDS[self.kind][0] else self.rank
+    def rates_of(self, method: Method) -> tuple[float, ...]:
+        return method.rates or self.rates
 
-    @property
-    def name(self) -> str:
-        rank = f"-r{self.rank}" if self.adapter_rank else ""
-        rows = f"-{self.rows}rows" if self.rows != ALL_ROWS else ""
-        targets = f"-{self.targets.replace(',', '')}" if self.targets != TARGETS[0] else ""
-        return f"{self.kind}{rank}{targets}{rows}-seed{self.seed}"
+    def grid(self) -> list[Run]:
+        """The short runs: one for each rate of a method that has several."""
+        return [run for method in self.methods for run in self.grid_of(method)]
 
-    @property
-    def result(self) -> Path:
-        return RESULTS / f"{self.name}.json"
+    def grid_of(self, method: Method) -> list[Run]:
+        """The short runs of one method."""
+        rates = self.rates_of(method)
+        if len(rates) == 1:
+            return []
+        steps = min(self.grid_steps, self.steps)
+        return [Run(self.setup, method, lr, steps, GRID_SEED, is_of_grid=True) for lr in rates]
 
+    def rate(self, method: Method) -> float | None:
+        """The learning rate of a method, None where none of its short runs has a result; of a short
+        run that failed, as one that diverges does, there is none."""
+        runs = self.grid_of(method)
+        if not runs:
+            return self.rates_of(method)[0]
+        losses = {run.lr: read_result(run)["valid_loss"]["last"] for run in runs if is_done(run)}
+        return min(losses, key=losses.__getitem__, default=None)
 
-def settings_of(group: str) -> Iterator[Setting]:
-    """The runs of a group, all of the first seed before those of the next."""
-    for seed in SEEDS:
-        if group == "kinds":
-            yield from (Setting(kind, seed=seed) for kind in KINDS)
-        if group == "ranks":
-            for rank in (1, 4, 16, 64):
-                yield from (Setting(kind, rank, seed) for kind in ("lora", "rslora"))
-        if group == "data":
-            yield from (Setting(seed=seed, rows=rows) for rows in ROWS)
-        if group == "targets":
-            yield from (Setting(seed=seed, targets=targets) for targets in TARGETS)
-
-
-def write_splits() -> None:
-    """Training rows in one order for all runs, of which each takes as many as it needs from the
-    start, and the first validation rows."""
-    if not (DATASET / "train.jsonl").is_file():
-        subprocess.run(["bash", "scripts/create_datasets.sh", "e2e"], cwd=ROOT, check=True)
-    rows = (DATASET / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    random.Random(0).shuffle(rows)
-    for count in ROWS:
-        write_lines(RUNS / f"train.{count}.jsonl", rows[:count])
-    valid = (DATASET / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    write_lines(RUNS / "valid.jsonl", valid[:VALID_ROWS])
+    def runs(self) -> list[Run]:
+        """The runs of the methods whose learning rate is known, those of the first seed first."""
+        rates = {method: self.rate(method) for method in self.methods}
+        return [
+            Run(self.setup, method, rate, self.steps, seed, rows)
+            for seed in self.seeds
+            for rows in self.rows
+            for method, rate in rates.items()
+            if rate is not None
+        ]
 
 
-def write_lines(path: Path, lines: list[str]) -> None:
-    with replacing(path) as file:
-        file.writelines(lines)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is compared on which data."""
+    add = parser.add_argument
+    add("--methods", nargs="+", default=["lora:r=4", "full"], metavar="KIND[:NAME=VALUE,...]",
+        help=f"of {', '.join(KINDS)}; the first is what the others are compared with "
+        "(default: lora:r=4 full)")  # fmt: skip
+    for name in FILES:
+        add(f"--{name}", help="default: the shipped sample and base, with none of the four")
+    add("--vocab", help="folder of the vocabulary, which text rows need")
+    add_fields_flag(add)
+    add(
+        "--task",
+        choices=METRICS,
+        default="own",
+        help="whose scores (default: own; e2e for the sample)",
+    )
+    add("--lr", nargs="+", type=float, default=RATES, help="learning rates to choose from")
+    add("--grid_steps", type=int, default=200, help="steps of the runs that choose (default: 200)")
+    add("--max_step", type=int, default=1000, help="steps of a run (default: 1000)")
+    add("--seeds", type=int, default=3, help="runs of each method (default: 3)")
+    add("--rows", type=int, nargs="+", default=[0],
+        help="training rows, at random by seed; 0 is all (default: 0)")  # fmt: skip
+    add("--train_batch_size", type=int, default=8, help="default: 8")
+    add("--seq_len", type=int, default=512, help="default: 512, or the sample's")
+    add("--beam", type=int, default=10, help="default: 10")
+    add("--length_penalty", type=float, default=0.8, help="default: 0.8")
+    add("--eval_len", type=int, default=64, help="most generated tokens (default: 64)")
+    add("--choose", choices=("last", "best"), default="last",
+        help="the adapter that is decoded: the last, or the best on validation")  # fmt: skip
+    add("--out", default="runs/sweep", help="folder of the results (default: runs/sweep)")
 
 
-def flags(**values: object) -> list[str]:
-    return [f"--{name}={value}" for name, value in values.items()]
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how runs are carried out."""
+    add = parser.add_argument
+    add("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    add("--threads", type=int, default=1, help="of each run (default: 1)")
+    add("--dry_run", action="store_true", help="list what is done and what is not, and end")
 
 
-def perform(setting: Setting, args: argparse.Namespace) -> None:
-    """Train, decode, score, and write the run's result.
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the flags; raise InputError for one that is missing or out of its range."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    add_launch_flags(parser)
+    args = parser.parse_args(argv)
+    given = [name for name in FILES if getattr(args, name)]
+    if absent := [name for name in FILES if name not in given]:
+        if given:
+            raise InputError(f"--{absent[0]} is missing; give all of --{', --'.join(FILES)}")
+        sample = sample_settings()
+        used = {name: sample[name] for name in (*FILES, "vocab", "seq_len")}
+        parser.set_defaults(**used, task="e2e")
+        args = parser.parse_args(argv)
+    for name in ("grid_steps", "max_step", "seeds", "train_batch_size", "workers", "threads"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    if wrong := [lr for lr in args.lr if not 0 < lr < math.inf]:
+        raise InputError(f"--lr {wrong[0]:g} must be above 0 and finite")
+    return args
+
+
+def make_setup(args: argparse.Namespace, **own: Any) -> Setup:
+    """Return what the runs share, the base and the data read and hashed once.
 
     Raises:
-        subprocess.CalledProcessError: one of the three failed; its words are in log.txt.
+        InputError: a file cannot be read, or has fewer rows than are asked for.
     """
-    folder, kind = RUNS / setting.name, KINDS[setting.kind]
-    is_resumed = (folder / "state.pt").exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    test, predictions = DATASET / "test.jsonl", folder / "predictions.jsonl"
-    own = []
-    if setting.adapter_rank:
-        own = flags(lora_dim=setting.rank, lora_targets=setting.targets)
-    data = flags(train_data=RUNS / f"train.{setting.rows}.jsonl", valid_data=RUNS / "valid.jsonl")
-    commands = {
-        "training": [
-            "gpt2_ft.py", *flags(**BASE, **TRAINING), *data, *own, *kind[0],
-            *flags(lr=kind[1], max_step=STEPS, random_seed=setting.seed, work_dir=folder),
-        ],
-        "decoding": [
-            "gpt2_beam.py", *flags(data=test, adapter=f"{folder}:last", output_file=predictions),
-            *flags(init_checkpoint=BASE["init_checkpoint"], vocab=BASE["vocab"]),
-        ],
-        "scoring": [
-            "-m", "eval.evaluate", "--task=e2e",
-            *flags(data=test, predictions=predictions, json=folder / "scores.json"),
-        ],
-    }  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    seconds: dict[str, float | None] = {}
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        for name, command in commands.items():
-            started = time.monotonic()
-            subprocess.run(
-                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log,
-                stderr=subprocess.STDOUT, check=True,
-            )  # fmt: skip
-            seconds[name] = round(time.monotonic() - started, 1)
-    if is_resumed:
-        seconds["training"] = None
-    write_json(setting.result, describe(setting, folder, seconds))
+    names = ("train_data", "valid_data", "test_data")
+    train = DataFile(args.train_data, args.fields)
+    rows = sum(1 for _ in train)
+    if rows < max(args.rows):
+        raise InputError(f"--rows {max(args.rows)} is more than the {rows} of {args.train_data}")
+    _, valid, test = (sha256_of(getattr(args, name)) for name in names)
+    same = ("out", *FILES, "vocab", "task", "fields", "train_batch_size", "seq_len", "beam",
+            "length_penalty", "eval_len", "choose")  # fmt: skip
+    base = checkpoints.read_base(args.init_checkpoint).fingerprint
+    given = {name: getattr(args, name) for name in same}
+    return Setup(**given, base=base, train=train.sha256, valid=valid, test=test, rows=rows, **own)
 
 
-def describe(setting: Setting, folder: Path, seconds: dict[str, float | None]) -> dict:
-    """The result of a run as results/ keeps it; no seconds of a part that was done in pieces."""
-    header, _ = read_adapter(f"{folder}:last")
-    records = read_json_lines(folder / "log.jsonl")
-    curves = {
-        kind: [[r["step"], round(r["loss"], 4)] for r in records if r["kind"] == kind]
-        for kind in ("train", "valid")
-    }
-    run_json = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["scores"]
-    assert header and header.settings  # it was trained here
-    return {
-        "kind": setting.kind,
-        "rank": setting.adapter_rank,
-        "seed": setting.seed,
-        "rows": setting.rows,
-        "targets": setting.targets,
-        "lr": KINDS[setting.kind][1],
-        "steps": header.step,
-        "batch": header.settings["global_batch"],
-        "trainable": run_json["settings"]["trained_parameters"],
-        "scores": {name: value and round(value, 4) for name, value in scores.items()},
-        "valid_loss": {
-            "last": curves["valid"][-1][1],
-            "best": min(loss for _, loss in curves["valid"]),
-        },
-        "curves": curves,
-        "seconds": seconds,
-        "base": header.base.fingerprint,
-        "git_commit": run_json["git_commit"],
-        "torch": run_json["torch"],
-    }
-
-
-def attempt(setting: Setting, args: argparse.Namespace) -> bool:
-    """Whether the run succeeded; says how it went. One that fails does not stop the others."""
+def sha256_of(path: str) -> str:
+    """Return the sha256 of a file's bytes."""
     try:
-        perform(setting, args)
-    except (subprocess.CalledProcessError, InputError) as error:
-        print(f"{setting.name} failed: {error}; see {RUNS / setting.name}/log.txt", flush=True)
-        return False
-    result = json.loads(setting.result.read_text(encoding="utf-8"))
-    print(f"{setting.name}: {result['scores']} in {result['seconds']}", flush=True)
-    return True
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def main() -> int:
-    """Run what is missing; returns 1 where a run failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    groups = ("kinds", "ranks", "data", "targets")
-    parser.add_argument("groups", nargs="*", default=groups, help=f"of {', '.join(groups)}")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, help="of each (default: 1)")
-    parser.add_argument("--dry_run", action="store_true", help="list what is done and what is not")
-    args = parser.parse_args()
-    if unknown := set(args.groups) - set(groups):
-        raise InputError(f"{unknown.pop()} is no group of runs; name {', '.join(groups)}")
-    chosen = dict.fromkeys(s for group in args.groups for s in settings_of(group))
-    missing = [setting for setting in chosen if not setting.result.exists()]
+def carry_out_all(comparisons: Sequence[Comparison], args: argparse.Namespace, title: str) -> int:
+    """Carry out what is missing of the grids, then of the runs; return the exit code."""
     if args.dry_run:
-        for setting in chosen:
-            print(f"{setting.name}: {'to be run' if setting in missing else 'done'}")
+        for comparison in comparisons:
+            show(comparison)
         return 0
-    if not (ROOT / BASE["init_checkpoint"]).is_file():
-        raise InputError(f"{BASE['init_checkpoint']} is missing; python -m data.make_base mini")
-    write_splits()
-    with ThreadPoolExecutor(args.workers) as pool:
-        return 0 if all(list(pool.map(lambda s: attempt(s, args), missing))) else 1
+    grid = [run for comparison in comparisons for run in comparison.grid()]
+    is_whole = carry_out(grid, args.workers, args.threads)
+    for comparison in comparisons:
+        for method in comparison.methods:
+            if comparison.grid_of(method):
+                print(f"{method.name}: {said_of_rate(comparison, method)}", flush=True)
+    runs = [run for comparison in comparisons for run in comparison.runs()]
+    is_whole &= carry_out(runs, args.workers, args.threads)
+    return 0 if is_whole else 1
+
+
+def said_of_rate(comparison: Comparison, method: Method) -> str:
+    """Return which learning rate a method got, with a warning at the edge of its grid."""
+    rate, rates = comparison.rate(method), sorted(comparison.rates_of(method))
+    if rate is None:
+        return "every learning rate failed, so it is left out"
+    is_edge = rate in (rates[0], rates[-1])
+    edge = f"; the {'lowest' if rate == rates[0] else 'highest'} tried, so try others"
+    return f"learning rate {rate:g}{edge if is_edge else ''}"
+
+
+def show(comparison: Comparison) -> None:
+    """List the runs, done and not; those whose learning rate is still to be chosen, too."""
+    for run in comparison.grid():
+        print(f"grid/{run.name}: {'done' if is_done(run) else 'to be run'}")
+    known = {run.name: run for run in comparison.runs()}
+    for seed in comparison.seeds:
+        for rows in comparison.rows:
+            for method in comparison.methods:
+                run = Run(comparison.setup, method, 0, comparison.steps, seed, rows)
+                is_whole = run.name in known and is_done(known[run.name])
+                print(f"{run.name}: {'done' if is_whole else 'to be run'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns 1 where a run failed."""
+    args = parse_args(None if argv is None else [*argv])
+    comparison = Comparison(
+        make_setup(args), tuple(parse_methods(args.methods)), tuple(args.lr), args.max_step,
+        args.grid_steps, tuple(range(1, args.seeds + 1)), tuple(args.rows),
+    )  # fmt: skip
+    return carry_out_all([comparison], args, "comparison")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

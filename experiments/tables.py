@@ -8,18 +8,20 @@ With `--check` nothing is written, and what differs from results/ is named. Figu
 """
 
 import argparse
+import itertools
 import json
 import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import tables as benchmarks
 from benchmarks.tables import grid
 from common.errors import run
 from common.files import replacing
 from experiments import chinese, figures
-from experiments.sweep import SEEDS, Setting, settings_of
+from experiments.figures import ALL_ROWS, NAMES, TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +33,18 @@ RESULTS, FIGURES = ROOT / "results", ROOT / "docs" / "figures"
 SCORES = {
     "BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE_L": (100, 1), "CIDEr": (1, 2),
 }  # fmt: skip
+SEEDS = 3
+WITHOUT_RANK = ("full", "top2", "bitfit")
 SCORE_HEADS = ["BLEU", "NIST", "MET", "ROUGE-L", "CIDEr", "valid loss", "seeds"]
+
+
+class Setting(NamedTuple):
+    """What the runs of a row share, all but the seed; the rank is 0 where no adapter is trained."""
+
+    kind: str = "lora"
+    rank: int = 4
+    rows: int = ALL_ROWS
+    targets: str = TARGETS[0]
 
 
 def read_results(folder: Path) -> list[dict]:
@@ -50,8 +63,7 @@ def mean_sd(values: list[float | None], factor: float = 1, digits: int = 2) -> s
 
 def runs_of(results: list[dict], setting: Setting) -> list[dict]:
     """The runs that differ from `setting` in nothing but their seed."""
-    own = (setting.kind, setting.adapter_rank, setting.rows, setting.targets)
-    return [r for r in results if (r["kind"], r["rank"], r["rows"], r["targets"]) == own]
+    return [r for r in results if (r["kind"], r["rank"], r["rows"], r["targets"]) == setting]
 
 
 def score_cells(runs: list[dict]) -> list[str]:
@@ -61,7 +73,7 @@ def score_cells(runs: list[dict]) -> list[str]:
         for name, (factor, digits) in SCORES.items()
     ]
     loss = mean_sd([r["valid_loss"]["last"] for r in runs], 1, 3)
-    return [*cells, loss, f"{len(runs)} of {len(SEEDS)}" if runs else ""]
+    return [*cells, loss, f"{len(runs)} of {SEEDS}" if runs else ""]
 
 
 def trained(runs: list[dict]) -> str:
@@ -70,37 +82,36 @@ def trained(runs: list[dict]) -> str:
 
 def kinds_table(results: list[dict]) -> str:
     rows = []
-    for setting in dict.fromkeys(Setting(s.kind) for s in settings_of("kinds")):
-        runs = runs_of(results, setting)
+    for kind in NAMES:
+        runs = runs_of(results, Setting(kind, 0 if kind in WITHOUT_RANK else 4))
         lr = f"{runs[0]['lr']:g}" if runs else ""
-        rows.append([figures.NAMES[setting.kind], trained(runs), lr, *score_cells(runs)])
+        rows.append([NAMES[kind], trained(runs), lr, *score_cells(runs)])
     return grid(["method", "trained", "lr", *SCORE_HEADS], rows)
 
 
 def ranks_table(results: list[dict]) -> str:
     rows = []
-    for setting in dict.fromkeys(Setting(s.kind, s.rank) for s in settings_of("ranks")):
-        runs = runs_of(results, setting)
-        scaling = "alpha/√r" if setting.kind == "rslora" else "alpha/r"
-        rows.append([str(setting.rank), scaling, trained(runs), *score_cells(runs)])
+    for rank, (kind, scaling) in itertools.product((1, 4, 16, 64), figures.SCALINGS.items()):
+        runs = runs_of(results, Setting(kind, rank))
+        rows.append([str(rank), scaling, trained(runs), *score_cells(runs)])
     return grid(["r", "scaling", "trained", *SCORE_HEADS], rows)
 
 
 def data_table(results: list[dict]) -> str:
     rows = []
-    for setting in dict.fromkeys(Setting(rows=s.rows) for s in settings_of("data")):
-        runs = runs_of(results, setting)
-        epochs = f"{runs[0]['steps'] * runs[0]['batch'] / setting.rows:.1f}" if runs else ""
+    for count in (100, 500, 4000, ALL_ROWS):
+        runs = runs_of(results, Setting(rows=count))
+        epochs = f"{runs[0]['steps'] * runs[0]['batch'] / count:.1f}" if runs else ""
         best = mean_sd([r["valid_loss"]["best"] for r in runs], 1, 3)
-        rows.append([f"{setting.rows:,}", epochs, *score_cells(runs), best])
+        rows.append([f"{count:,}", epochs, *score_cells(runs), best])
     return grid(["training rows", "epochs", *SCORE_HEADS, "best valid loss"], rows)
 
 
 def targets_table(results: list[dict]) -> str:
     rows = []
-    for setting in dict.fromkeys(Setting(targets=s.targets) for s in settings_of("targets")):
-        runs = runs_of(results, setting)
-        rows.append([setting.targets, trained(runs), *score_cells(runs)])
+    for targets in TARGETS:
+        runs = runs_of(results, Setting(targets=targets))
+        rows.append([targets, trained(runs), *score_cells(runs)])
     return grid(["`--lora_targets`", "trained", *SCORE_HEADS], rows)
 
 

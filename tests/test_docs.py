@@ -45,7 +45,6 @@ LEFT_OUT = {
     "python -m experiments.tables": "tests/test_tables.py",
     "python -m data.clean_e2e e2e/train.txt.gz train.jsonl --official devel-fixed.no-ol.csv.gz "
     "--without devel-fixed.no-ol.csv.gz test-fixed.csv.gz": "tests/test_clean_e2e.py",
-    "python -m experiments.sweep": "runs for hours; listed in the test below",
 }  # fmt: skip
 
 # What makes a command small: its program, what stands in for `...`, what is put after it.
@@ -179,9 +178,9 @@ def test_nothing_is_left_out_that_no_page_has() -> None:
     assert set(LEFT_OUT) <= set(ALL)
 
 
-def test_the_sweep_lists_its_runs() -> None:
-    listed = execute(ROOT, "python -m experiments.sweep --dry_run").splitlines()
-    assert len(listed) == 63 and "lora-r4-seed1: done" in listed
+def test_the_sweep_lists_its_runs(tmp_path: Path) -> None:
+    listed = execute(ROOT, f"python -m experiments.sweep --dry_run --out {tmp_path}").splitlines()
+    assert len(listed) == 12 and "lora-r4-1000steps-seed1: to be run" in listed
 
 
 def test_the_example_of_the_layers_page_computes_what_it_says() -> None:

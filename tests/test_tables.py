@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from common.errors import InputError
 from experiments import chinese, figures, plot_run, tables
-from experiments.sweep import Setting
 
 SWEEP = tables.read_results(ROOT / "results" / "e2e-mini")
 
@@ -64,7 +63,7 @@ def test_what_was_not_run_is_an_empty_cell() -> None:
 
 def test_runs_without_adapters_have_no_rank() -> None:
     full = a_run("full", rank=0)
-    assert tables.runs_of([full, a_run()], Setting("full")) == [full]
+    assert tables.runs_of([full, a_run()], tables.Setting("full", rank=0)) == [full]
 
 
 def test_a_page_with_an_old_number_is_named(

@@ -38,6 +38,7 @@ from training.flags import (
     add_training_flags,
     add_validation_flags,
     check_ranges,
+    settle_method,
 )
 from training.report import (
     log_training,
@@ -80,6 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the flags, with the sample's own settings where neither data nor base is given."""
     parser = build_parser()
     parser.set_defaults(uses_sample=False)
+    parser.set_defaults(**settle_method(given_flags(parser, argv)))
     args = parser.parse_args(argv)
     if not (args.train_data or args.init_checkpoint):
         sample = sample_settings()
@@ -92,6 +94,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.wandb:
         import_wandb()
     return args
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, object]:
+    """Return the flags on the command line alone, by name."""
+    absent = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), None))
+    flags = vars(parser.parse_args(argv, absent))
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def train_validate(run: Run, epoch: int) -> None:

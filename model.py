@@ -25,11 +25,13 @@ import loralib
 from common.batch import Batch
 from loralib import LoraConfig
 from loss import smoothed_cross_entropy
+from methods import Bottleneck, BottleneckConfig, bottleneck
 
 
 @dataclass
 class GPT2Config:
-    """Shape of the model, and the settings of its adapter, whose targets are keys of LORA_TARGETS.
+    """Shape of the model, and the settings of its adapter: LoRA, whose targets are keys of
+    LORA_TARGETS, or one of the methods that have modules of their own in `methods`.
 
     The original's arguments `lora_attn_dim` (the rank r, 0 for no adapter), `lora_attn_alpha` and
     `lora_dropout` make a `LoraConfig` where `lora` is not given; they are no attributes.
@@ -49,12 +51,15 @@ class GPT2Config:
     lora_attn_alpha: InitVar[float] = 128
     lora_dropout: InitVar[float] = 0.0
     lora: LoraConfig | None = None
+    bottleneck: BottleneckConfig | None = None
 
     def __post_init__(self, rank: int, alpha: float, dropout: float) -> None:
         if rank and self.lora is not None:
             raise ValueError(f"give lora or lora_attn_dim, not both: {self.lora} and {rank}")
         if rank:
             self.lora = LoraConfig(rank, alpha, dropout)
+        if self.lora is not None and self.bottleneck is not None:
+            raise ValueError(f"give one adapter, not both {self.lora} and {self.bottleneck}")
         if unknown := [target for target in self.targets if target not in LORA_TARGETS]:
             raise ValueError(f"target {unknown[0]} is not one of {', '.join(LORA_TARGETS)}")
         if "c_attn" in self.targets and set("qkv") & set(self.targets):
@@ -162,6 +167,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        # Nothing, unless a method puts a bottleneck there.
+        settings = config.bottleneck, config.n_embd, config.layer_norm_epsilon
+        self.attn_adapter = bottleneck("attn", *settings)
+        self.mlp_adapter = bottleneck("mlp", *settings)
+        self.block_adapter = bottleneck("block", *settings)
 
     def forward(
         self,
@@ -172,13 +182,16 @@ class Block(nn.Module):
     ) -> Tensor:
         """(N, C) to (N, C), or to (M, C) of the positions `needed`, (M,) int64."""
         mixed = self.attn(self.ln_1(x), lengths, cache, needed)
-        x = (x if needed is None else x[needed]) + mixed
-        return x + self.mlp(self.ln_2(x))
+        return self.add(x if needed is None else x[needed], mixed)
 
     def decode_step(self, x: Tensor, cache: Cache, layer: int) -> Tensor:
         """One new token per beam, (B, K, C) to (B, K, C)."""
-        x = x + self.attn.decode_step(self.ln_1(x), cache, layer)
-        return x + self.mlp(self.ln_2(x))
+        return self.add(x, self.attn.decode_step(self.ln_1(x), cache, layer))
+
+    def add(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add what attention gives, then what the MLP makes of the sum, to x (..., C)."""
+        x = x + self.attn_adapter(mixed)
+        return self.block_adapter(x + self.mlp_adapter(self.mlp(self.ln_2(x))))
 
 
 class GPT2Model(nn.Module):
@@ -241,6 +254,8 @@ class GPT2LMModel(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+        if isinstance(module, Bottleneck):  # after its own layers
+            module.start_near_identity()
 
     @property
     def head_weight(self) -> Tensor:

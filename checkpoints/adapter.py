@@ -32,6 +32,7 @@ from checkpoints.header import AdapterHeader
 from common.errors import InputError
 from common.files import replacing
 from loralib import LoraConfig, LoRALayer
+from methods import is_added
 from model import ALL_TARGETS, LORA_TARGETS, GPT2LMModel
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -210,8 +211,10 @@ def assemble(
     model_card: str | None = None,
 ) -> GPT2LMModel:
     """As `load`, of what has been read already, on the CPU; `source` is the adapter's path."""
+    settings: dict[str, Any]
     if header is None:
-        settings = _settings_from_tensors({**base.tensors, **tensors}, lora_dim, lora_alpha)
+        found = _settings_from_tensors({**base.tensors, **tensors}, lora_dim, lora_alpha)
+        settings = {"lora": found}
     else:
         settings = _settings_from_header(header, lora_dim, lora_alpha, model_card)
         known = header.base.fingerprint
@@ -220,7 +223,7 @@ def assemble(
                 f"--init_checkpoint {base.source} is not the base that the adapter was trained on "
                 f"({header.base.name}); give that one, or --allow_other_base"
             )
-    config = model_config((header and header.model_card) or model_card, base, lora=settings)
+    config = model_config((header and header.model_card) or model_card, base, **settings)
     from_peft = header is not None and header.model_card is None  # it may leave layers out
     whole = header is None and not tensors  # a file of the original with base and adapter
     # Without memory at first: shapes are compared before anything is allocated.
@@ -283,8 +286,9 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 def _settings_from_header(
     header: AdapterHeader, lora_dim: int | None, lora_alpha: float | None, model_card: str | None
-) -> LoraConfig | None:
-    """The header's settings, without dropout; what is given beside it must agree."""
+) -> dict[str, Any]:
+    """The header's settings as fields of `GPT2Config`, without dropout; what is given beside it
+    must agree."""
     r, alpha = (header.lora.r, header.lora.alpha) if header.lora else (0, None)
     for flag, given, trained in (
         ("lora_dim", lora_dim, r),
@@ -296,7 +300,8 @@ def _settings_from_header(
                 f"--{flag} {given} contradicts the adapter, which was trained with {trained}; "
                 "leave the flag out"
             )
-    return header.lora and replace(header.lora, dropout=0.0)
+    config = header.lora and replace(header.lora, dropout=0.0)
+    return {"lora": config, "bottleneck": header.bottleneck}
 
 
 def _settings_from_tensors(
@@ -350,7 +355,7 @@ def check_trained(
             )
         if not tensor.is_floating_point():
             raise InputError(f"--adapter {path}: tensor {name} holds {tensor.dtype}, not weights")
-    missing = [name for name in own if "lora_" in name and name not in tensors]
+    missing = [name for name in own if is_added(name) and name not in tensors]
     if complete and missing:
         raise InputError(f"--adapter {path} lacks {len(missing)} tensors, first {missing[0]}")
 

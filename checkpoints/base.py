@@ -22,6 +22,7 @@ from torch import Tensor
 from checkpoints import hub
 from checkpoints.config import read_config, sizes_of
 from common.errors import InputError
+from methods import is_added
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 
 BASE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -207,7 +208,7 @@ def base_fingerprint(state: Mapping[str, Tensor], unusual: Mapping[str, Any] | N
     Equal weights agree whatever file format, names or precision hold them.
     """
     tensors = canonical_names(state).items()
-    weights = fingerprint({name: tensor for name, tensor in tensors if "lora_" not in name})
+    weights = fingerprint({name: tensor for name, tensor in tensors if not is_added(name)})
     if not unusual:
         return weights
     return hashlib.sha256((weights + json.dumps(unusual, sort_keys=True)).encode()).hexdigest()
@@ -319,7 +320,7 @@ def read_base(path: str | Path, device: str = "cpu") -> BaseWeights:
             config = read_config(folder / "config.json", state, has_head)
     except InputError as error:
         raise InputError(f"--init_checkpoint {path}: {error}") from error
-    if state and all("lora_" in name for name in state):
+    if state and all(is_added(name) for name in state):
         raise InputError(
             f"--init_checkpoint {path} holds an adapter without its base; give the base by "
             "--init_checkpoint and this file by --adapter"
@@ -397,8 +398,8 @@ def check_weights(model: GPT2LMModel, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     unknown = sorted(state.keys() - own.keys())
     missing = sorted(own.keys() - state.keys())
-    if not any("lora_" in name for name in state):
-        missing = [name for name in missing if "lora_" not in name]
+    if not any(is_added(name) for name in state):
+        missing = [name for name in missing if not is_added(name)]
     _refuse(unknown, "tensors this model does not have; is --model_card or --lora_dim right?")
     _refuse(missing, "missing tensors; a base checkpoint must hold the whole model")
     for name, tensor in state.items():

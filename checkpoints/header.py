@@ -7,7 +7,7 @@ and `from_json` makes every check, so that whoever holds a header holds a sound 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
@@ -15,11 +15,12 @@ from tokenizers import Tokenizer
 from common.errors import InputError
 from data_utils import vocabulary_fingerprint
 from loralib import KINDS, LoraConfig
+from methods import BOTTLENECKS, BottleneckConfig
 from model import LORA_TARGETS
 
 FORMAT_VERSION = 1
-WITHOUT_ADAPTER = ("full", "top", "bias")  # what training may change without an adapter
-LARGEST_RANK = 2**16
+WITHOUT_ADAPTER = ("full", "top", "bias", "top2")  # what training may change without an adapter
+LARGEST_RANK = 2**16  # of LoRA, and the largest width of a bottleneck
 LARGEST_ALPHA = 1e9
 LARGEST_INTEGER = 2**63 - 1
 REQUIRED: Any = object()
@@ -55,9 +56,10 @@ class Vocabulary:
 class AdapterHeader:
     """Settings and origin of what an adapter file holds; no path, no time.
 
-    `lora` are the adapter's settings, None where `method` is one of WITHOUT_ADAPTER. `model_card`
-    is None only for an adapter that PEFT wrote; `seed`, `train_data` (the data's sha256) and
-    `settings` (whatever else decides the result) are None for one that was not trained here.
+    `lora` or `bottleneck` are the adapter's settings, both None where `method` is one of
+    WITHOUT_ADAPTER; `method` is "lora" for every kind of it, else the kind. `model_card` is None
+    only for an adapter that PEFT wrote; `seed`, `train_data` (the data's sha256) and `settings`
+    (whatever else decides the result) are None for one that was not trained here.
     """
 
     lora: LoraConfig | None
@@ -69,10 +71,11 @@ class AdapterHeader:
     seed: int | None = None
     train_data: str | None = None
     settings: Mapping[str, Any] | None = field(default=None, hash=False)
+    bottleneck: BottleneckConfig | None = None
 
     @property
     def kind(self) -> str:
-        """The kind of LoRA, or the method that has no adapter."""
+        """The kind of LoRA, or the method that takes its place."""
         return self.lora.kind if self.lora else self.method
 
     def to_fields(self) -> dict[str, Any]:
@@ -88,6 +91,8 @@ class AdapterHeader:
         if self.lora:
             fields |= {"r": self.lora.r, "alpha": self.lora.alpha, "dropout": self.lora.dropout}
             fields |= {"rslora": self.lora.rslora, "targets": list(self.lora.targets)}
+        elif self.bottleneck:
+            fields |= asdict(self.bottleneck)
         else:  # files of this format say what the flags were even where they had no effect
             flags = self.settings or {}
             fields |= {"r": 0, "targets": [], "rslora": flags.get("use_rslora", False)}
@@ -120,7 +125,9 @@ class AdapterHeader:
         version = read.integer("format", 0)
         if version != FORMAT_VERSION:
             raise InputError(f"{source} has format {version}, this program reads {FORMAT_VERSION}")
-        model_card, config, kind = read.text("model_card"), _lora_config(read), read.text("kind")
+        model_card, kind = read.text("model_card"), read.text("kind")
+        bottleneck = _bottleneck_config(read) if kind in BOTTLENECKS else None
+        config = None if bottleneck else _lora_config(read)
         base, vocabulary = read.inner("base"), read.inner("vocabulary", None)
         return cls(
             lora=config,
@@ -133,11 +140,12 @@ class AdapterHeader:
             seed=read.integer("seed", 0, default=None),
             train_data=read.text("train_data", None),
             settings=read.settings(),
+            bottleneck=bottleneck,
         )
 
 
 def _lora_config(read: "_Reader") -> LoraConfig | None:
-    kind, kinds = read.text("kind"), (*KINDS, *WITHOUT_ADAPTER)
+    kind, kinds = read.text("kind"), (*KINDS, *BOTTLENECKS, *WITHOUT_ADAPTER)
     r = read.integer("r", 0, LARGEST_RANK)
     alpha = read.number("alpha", LARGEST_ALPHA)
     dropout, rslora = read.number("dropout", 1.0, 0.0), read.flag("rslora")
@@ -152,6 +160,10 @@ def _lora_config(read: "_Reader") -> LoraConfig | None:
         return LoraConfig(r, alpha, dropout, targets, kind, rslora)
     except ValueError as error:
         read.refuse("settings of an adapter", str(error))
+
+
+def _bottleneck_config(read: "_Reader") -> BottleneckConfig:
+    return BottleneckConfig(read.integer("dim", 1, LARGEST_RANK), read.text("kind"))
 
 
 class _Reader:

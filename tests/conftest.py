@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 FUZZ = int(os.environ.get("FUZZ", "1"))  # how many times as many damaged inputs to try
 VOCABULARY, POSITIONS = 64, 32
+# Every method but LoRA, small enough for any card.
+METHODS = {
+    "adapter_l": ["--method", "adapter_l", "--adapter_dim", "3"],
+    "adapter_h": ["--method", "adapter_h", "--adapter_dim", "3"],
+    "full": ["--method", "full"],
+    "top2": ["--method", "top2"],
+    "bitfit": ["--method", "bitfit"],
+}
 TINY_CARD = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
@@ -89,17 +97,22 @@ class Tiny:
     card: str
 
     def argv(self, work_dir: str | Path, *more: object) -> list[str]:
-        """Arguments of a run of 12 steps, 6 an epoch, into a folder; `more` rules."""
+        """Arguments of a LoRA run of 12 steps, 6 an epoch, into a folder; `more` rules."""
+        own = ("--lora_dim", 2, "--lora_alpha", 8, "--lora_dropout", 0.2)
+        return self.argv_of((), work_dir, *own, *more)
+
+    def argv_of(self, method: Sequence[str], work_dir: str | Path, *more: object) -> list[str]:
+        """Arguments of the same run of a method, which the given flags name."""
         settings = {
             "train_data": self.folder / "train.jsonl", "valid_data": self.folder / "valid.jsonl",
             "init_checkpoint": self.base, "model_card": self.card, "device": "cpu",
-            "lora_dim": 2, "lora_alpha": 8, "lora_dropout": 0.2, "lr": 0.01, "warmup_step": 2,
+            "lr": 0.01, "warmup_step": 2,
             "train_batch_size": 2, "grad_acc": 2, "seq_len": POSITIONS, "max_epoch": 2,
             "log_interval": 1, "eval_interval": 4, "save_interval": 3,
             "work_dir": self.folder / work_dir,
         }  # fmt: skip
         pairs = [(f"--{name}", str(value)) for name, value in settings.items()]
-        return [part for pair in pairs for part in pair] + [str(part) for part in more]
+        return [*method, *(part for pair in pairs for part in pair), *map(str, more)]
 
 
 def _write_tiny(folder: Path, card: str) -> Tiny:

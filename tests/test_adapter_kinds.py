@@ -338,7 +338,7 @@ def test_trained_parameters_of_gpt2_medium_by_target(targets: str) -> None:
 def test_trained_parameters_of_gpt2_medium_by_kind(argv: list[str], count: int) -> None:
     args = gpt2_ft.parse_args(["--train_data", "x", "--init_checkpoint", "none", *argv])
     with torch.device("meta"):
-        config = GPT2Config(**MODEL_CARDS["gpt2.md"], lora=setup.adapter_settings(args))
+        config = GPT2Config(**MODEL_CARDS["gpt2.md"], **setup.adapter_settings(args))
         model = GPT2LMModel(config)
     setup.choose_trained(args, model)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Tiny, finish, start
+from conftest import METHODS, ROOT, Tiny, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -94,6 +94,24 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_logs(
 ) -> None:
     gpt2_ft.main(tiny.argv("whole", *more))
     argv = tiny.argv("killed", "--resume", "auto", *more)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_call(patch, place, call)
+        gpt2_ft.main(argv)
+    assert "model.12.safetensors" not in adapters(tiny.folder / "killed")
+    gpt2_ft.main(argv)
+    same_runs(tiny.folder / "whole", tiny.folder / "killed")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "place, call, more",
+    [("optimizer_step", 6, ["--optimizer", "torch"]), ("validate", 2, []), ("save", 3, [])],
+)
+def test_a_killed_run_of_every_method_resumes_to_the_same_bytes_and_logs(
+    method: str, place: str, call: int, more: list, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2_ft.main(tiny.argv_of(METHODS[method], "whole", *more))
+    argv = tiny.argv_of(METHODS[method], "killed", "--resume", "auto", *more)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_call(patch, place, call)
         gpt2_ft.main(argv)

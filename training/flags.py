@@ -2,13 +2,34 @@
 
 import argparse
 import math
+from collections.abc import Iterable, Mapping
 
 import loralib as lora
 from common.errors import InputError
 from data.fields import add_fields_flag
+from methods import BOTTLENECKS
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 
 DEFAULT_EPOCHS, RECIPE_LOG_INTERVAL, FULL_KEEPS = 5, 100, 2
+# Each method with what it means for the older flags, which spell some of the methods too.
+WITHOUT_LORA: dict[str, object] = {"lora_dim": 0, "train_bias": "none", "train_top": 0}
+METHODS: dict[str, dict[str, object]] = {
+    "lora": {"train_top": 0},
+    "adapter_l": WITHOUT_LORA,
+    "adapter_h": WITHOUT_LORA,
+    "full": WITHOUT_LORA,
+    "top2": WITHOUT_LORA,
+    "bitfit": WITHOUT_LORA | {"train_bias": "all"},
+}
+PAPER_DIMS = {"adapter_l": 6, "adapter_h": 112}  # table 3's, on GPT-2 medium
+# Flags that only some methods have a use for.
+OWN_FLAGS = {
+    **dict.fromkeys(
+        ("lora_alpha", "lora_dropout", "lora_targets", "lora_kind", "use_rslora",
+         "lora_plus_ratio"), ("lora",)
+    ),
+    "adapter_dim": BOTTLENECKS,
+}  # fmt: skip
 DROPPED_FLAGS = [
     "--roll_interval",
     "--roll_lr",
@@ -54,6 +75,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help=f"Size of the model: {', '.join(MODEL_CARDS)}. Default: the base's; for random "
         "weights gpt2.md.",
     )
+    add(
+        "--method",
+        choices=METHODS,
+        default="lora",
+        help="What is trained: LoRA or another row of its paper's table 3 (docs/methods.md). "
+        "Default: lora.",
+    )
     add("--lora_dim", type=int, default=4, help="Rank r; 0 trains all weights. Default: 4.")
     add("--lora_alpha", type=float, default=32.0, help="The scaling is alpha / r. Default: 32.")
     add("--lora_dropout", type=float, default=0.1, help="On the adapter's input. Default: 0.1.")
@@ -78,6 +106,60 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="With --lora_dim 0: the last N blocks alone.",
     )
+    add(
+        "--adapter_dim",
+        type=int,
+        help="Width of the bottlenecks of --method adapter_l and adapter_h. Default: the paper's, "
+        + " and ".join(f"{dim} of {method}" for method, dim in PAPER_DIMS.items())
+        + ".",
+    )
+
+
+def settle_method(given: Mapping[str, object]) -> dict[str, object]:
+    """Return the flags that follow from which method is trained, by --method or an older spelling.
+
+    Args:
+        given: the flags on the command line, without defaults.
+
+    Raises:
+        InputError: two of them contradict each other.
+    """
+    method = str(given["method"]) if "method" in given else _spelled_method(given)
+    if "method" in given:
+        settled = METHODS[method]
+        wrong = [name for name, value in settled.items() if given.get(name, value) != value]
+        if method == "lora" and given.get("lora_dim") == 0:
+            wrong.append("lora_dim")
+        if wrong:
+            raise InputError(
+                f"--{wrong[0]} {given[wrong[0]]} contradicts --method {method}; leave one of the "
+                "two out"
+            )
+        _check_own_flags(given, method, OWN_FLAGS)
+    else:
+        settled = {}
+        _check_own_flags(given, method, ["adapter_dim"])
+    return {"method": method, "adapter_dim": PAPER_DIMS.get(method)} | settled
+
+
+def _spelled_method(given: Mapping[str, object]) -> str:
+    """The method that is given by --lora_dim, --train_bias and --train_top alone."""
+    bias, top = given.get("train_bias", "none"), given.get("train_top", 0)
+    without_lora = given.get("lora_dim") == 0
+    if top and (not without_lora or bias != "none"):
+        raise InputError("--train_top goes with --lora_dim 0 and --train_bias none")
+    if not without_lora:
+        return "lora"
+    if bias == "lora_only":
+        raise InputError("--train_bias lora_only with --lora_dim 0 would train nothing")
+    return "bitfit" if bias == "all" else "top" if top else "full"
+
+
+def _check_own_flags(given: Mapping[str, object], method: str, names: Iterable[str]) -> None:
+    for name in names:
+        if name in given and method not in OWN_FLAGS[name]:
+            owners = " and ".join(OWN_FLAGS[name])
+            raise InputError(f"--{name} is for --method {owners}, this is {method}; leave it out")
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +271,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         "log_interval": 1, "eval_interval": 1, "save_interval": 1, "save_minutes": 0,
         "keep_last": 0, "patience": 0, "max_bad_steps": 1, "max_step": 1, "max_epoch": 1,
         "valid_samples": 0, "clip": 0, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0,
-        "train_top": 0,
+        "train_top": 0, "adapter_dim": 1,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)

@@ -8,9 +8,8 @@ from torch import nn
 
 import checkpoints
 import gpu
-import loralib as lora
 from gpu import Runtime
-from training.run import Interval, Plan, Run, RunSettings
+from training.run import Interval, Plan, Run, RunSettings, saved_tensors
 
 # Of flags that differ from the recipe's, those that say nothing of the training.
 UNINTERESTING = {
@@ -55,8 +54,7 @@ def trained_parameters(model: nn.Module) -> int:
 
 def print_disk(model: nn.Module, plan: Plan, settings: RunSettings, validates: bool) -> None:
     """Print how much disk the files of a run take at most, and whether there is as much."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved = sum(t.numel() for t in (lora.lora_state_dict(model) | trained).values())
+    saved = sum(tensor.numel() for tensor in saved_tensors(model).values())
     adapter, state = 4 * saved, 4 * (saved + 2 * trained_parameters(model))  # with two moments
     last = plan.max_step + 1
     saves = {*range(settings.save_interval, last, settings.save_interval), plan.max_step}

@@ -29,9 +29,9 @@ PROGRESS = {
     "step": "step", "window": "batches_taken", "best_loss": "best_loss", "best_step": "best_step",
     "no_better": "no_better", "bad_steps": "bad_steps", "validated_step": "validated_step",
 }  # fmt: skip
-FORM_SETTINGS = (
+FORM_FIELDS = (
     "optimizer", "lora_dim", "lora_targets", "lora_kind", "train_bias", "train_top",
-    "no_decay_bias", "lora_plus_ratio",
+    "no_decay_bias", "lora_plus_ratio", "kind", "dim",
 )  # fmt: skip
 # What the optimizers keep of a parameter: the original's formula, PyTorch's, and apex's.
 APEX = {"exp_avg", "exp_avg_sq"}
@@ -129,7 +129,7 @@ def save(run: Run) -> None:
         state = State(
             header=run.header,
             progress={name: getattr(run, own) for name, own in PROGRESS.items()},
-            trained={name: p.detach() for name, p in run.saved.items()},
+            trained={name: p.detach() for name, p in (run.saved | run.trained).items()},
             optimizer=run.optimizer.state_dict(),
             scheduler=run.scheduler.state_dict(),
             scaler=run.scaler.state_dict(),
@@ -255,7 +255,7 @@ def restore(run: Run, state: State, source: Path) -> None:
 
     `source` is the folder that the state was found in.
     """
-    _check_form(state.header.settings or {}, run.header.settings or {})
+    _check_form(flat(state.header), flat(run.header))
     if state.step > run.plan.max_step:
         raise InputError(
             f"--resume: the run in {source} has taken {state.step} steps, which is more than "
@@ -307,11 +307,13 @@ def _restore_tensors(run: Run, state: State) -> None:
 
 def _check_form(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse what even `--resume_anyway` cannot do: the saved tensors are laid out for these."""
-    for name in FORM_SETTINGS:
-        if then.get(name) != now[name]:
+    flags = {"kind": "method", "dim": "adapter_dim"}
+    for name in FORM_FIELDS:
+        if then.get(name) != now.get(name):
             raise InputError(
-                f"--resume: --{name} was {then.get(name)} and is {now[name]}, which the saved "
-                "state does not fit; put it back, or start anew in another --work_dir"
+                f"--resume: --{flags.get(name, name)} was {then.get(name)} and is {now.get(name)}, "
+                "which the saved state does not fit; put it back, or start anew in another "
+                "--work_dir"
             )
 
 

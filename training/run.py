@@ -137,8 +137,8 @@ class Run:
 
     @property
     def saved(self) -> dict[str, Tensor]:
-        """The saved tensors by name: the trained ones, and what an adapter's kind keeps frozen."""
-        return lora.lora_state_dict(gpu.unwrap(self.model)) | self.trained
+        """The tensors of the adapter file by name."""
+        return saved_tensors(gpu.unwrap(self.model))
 
     def adapter_path(self, name: int | str) -> Path:
         """Return `model.{name}.safetensors` in the work_dir; the name is a step, or best."""
@@ -148,6 +148,13 @@ class Run:
     def replaced_best_path(self) -> Path:
         """Where the best adapter that the saved state names waits once there is a better one."""
         return self.settings.work_dir / ".model.best.replaced.safetensors"
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what an adapter file holds of a model, by name: the trained tensors, and what an
+    adapter's kind keeps frozen."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return lora.lora_state_dict(model) | trained
 
 
 def write_best(run: Run) -> None:

@@ -19,6 +19,7 @@ from common.errors import InputError
 from common.text_files import check_shareable
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer
 from gpu import Runtime
+from methods import BOTTLENECKS, BottleneckConfig, train_added, train_only
 from model import GPT2Config, GPT2LMModel
 from optimizer import (
     RECIPE_WARMUP,
@@ -190,14 +191,15 @@ def build_model(
     vocabulary = {}
     if base is None and tokenizer is not None:
         vocabulary = {"vocab_size": tokenizer.get_vocab_size()}
-    lora_config = adapter_settings(args)
-    config = checkpoints.model_config(args.model_card, base, lora=lora_config, **vocabulary)
+    settings = adapter_settings(args)
+    config = checkpoints.model_config(args.model_card, base, **settings, **vocabulary)
     if tokenizer is not None and base is not None:
         base.check_vocabulary(tokenizer, args.vocab)
     if args.seq_len > config.n_positions:
         raise InputError(f"--seq_len {args.seq_len} is above the model's {config.n_positions}")
-    if args.lora_dim > config.n_embd:
-        raise InputError(f"--lora_dim {args.lora_dim} is above the model's width {config.n_embd}")
+    for name in ("lora_dim", "adapter_dim"):
+        if (width := getattr(args, name) or 0) > config.n_embd:
+            raise InputError(f"--{name} {width} is above the model's width {config.n_embd}")
     model = GPT2LMModel(config)
     if base is not None:
         checkpoints.load_base(model, base)
@@ -206,13 +208,15 @@ def build_model(
     return model
 
 
-def adapter_settings(args: argparse.Namespace) -> lora.LoraConfig | None:
-    """What the flags say about the adapter, None for none."""
+def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say about the adapter, as fields of `GPT2Config`; empty for none."""
     targets = checkpoints.parse_targets(args.lora_targets)
-    if not args.lora_dim:
-        return None
+    if args.method in BOTTLENECKS:
+        return {"bottleneck": BottleneckConfig(args.adapter_dim, args.method)}
+    if args.method != "lora":
+        return {}
     try:
-        return lora.LoraConfig(
+        config = lora.LoraConfig(
             args.lora_dim,
             args.lora_alpha,
             args.lora_dropout,
@@ -222,31 +226,28 @@ def adapter_settings(args: argparse.Namespace) -> lora.LoraConfig | None:
         )
     except ValueError as error:
         raise InputError(f"--lora_dim, --lora_alpha or --lora_targets: {error}") from error
+    return {"lora": config}
 
 
 def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
-    """Freeze what the flags do not train: the base under an adapter; all but the biases (BitFit;
-    Ben Zaken et al. 2022, arXiv:2106.10199) or but the last blocks; else nothing."""
-    if args.lora_dim or args.train_bias == "all":
-        if args.train_top:
-            raise InputError("--train_top goes with --lora_dim 0 and --train_bias none")
+    """Freeze what the method does not train: the base under an adapter; all but the biases or but
+    the last blocks; with full nothing."""
+    blocks, ln_f = model.transformer.h, model.transformer.ln_f
+    if args.method in ("lora", "bitfit"):
         lora.mark_only_lora_as_trainable(model, args.train_bias)
-    elif args.train_bias != "none":
-        raise InputError("--train_bias lora_only with --lora_dim 0 would train nothing")
-    elif args.train_top:
-        if args.train_top > model.config.n_layer:
-            raise InputError(
-                f"--train_top {args.train_top} is more than {model.config.n_layer} blocks"
-            )
-        model.requires_grad_(False)
-        model.transformer.h[-args.train_top :].requires_grad_()
+    elif args.method in BOTTLENECKS:
+        train_added(model)
+    elif args.method == "top2":
+        train_only(model, *blocks[-2:], ln_f)
+    elif args.method == "top":
+        if args.train_top > len(blocks):
+            raise InputError(f"--train_top {args.train_top} is more than {len(blocks)} blocks")
+        train_only(model, *blocks[-args.train_top :])
 
 
 def method_of(args: argparse.Namespace) -> str:
     """What is trained, as adapter headers say it."""
-    if args.lora_dim:
-        return "lora"
-    return "bias" if args.train_bias == "all" else "top" if args.train_top else "full"
+    return "bias" if args.method == "bitfit" else args.method
 
 
 def load_data(
@@ -360,4 +361,5 @@ def describe_adapter(
         seed=args.random_seed,
         train_data=train_data,
         settings={name: resolved[name] for name in RESULT_SETTINGS} | columns,
+        bottleneck=model.config.bottleneck,
     )

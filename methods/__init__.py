@@ -1,0 +1,10 @@
+"""What can be trained in the place of LoRA: the other rows of its paper's Table 3 (Hu et al. 2021).
+
+Bottlenecks are put into the blocks of a frozen base; a subset trains parameters that the base has.
+"""
+
+from methods.bottleneck import BOTTLENECKS, Bottleneck, BottleneckConfig, bottleneck
+from methods.subsets import is_added, train_added, train_only
+
+__all__ = ["BOTTLENECKS", "Bottleneck", "BottleneckConfig", "bottleneck", "is_added"]
+__all__ += ["train_added", "train_only"]

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -53,6 +52,7 @@ from training.run import Run, write_best
 from training.setup import prepare, show_plan
 from training.tensorboard import show_settings, show_validation
 from training.trackers import import_wandb
+from training.updates import Arriving, StepResult
 from training.work_dir import claimed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -111,15 +111,12 @@ def train_validate(run: Run, epoch: int) -> None:
         if run.stopping or run.finished:
             break
         started = time.perf_counter()
-        result = optimizer_step(run, rows)
+        run.outstanding.append(optimizer_step(run, rows))
         run.batches_taken += 1
-        if not math.isfinite(result.norm):
-            count_bad_step(run)
+        settle_steps(run)
+        run.interval.seconds += time.perf_counter() - started
+        if run.outstanding or run.bad_steps:
             continue
-        run.step += 1
-        run.bad_steps = 0
-        confirm_save(run)
-        count_step(run, rows, result, time.perf_counter() - started)
 
         # What follows only logs, validates and saves; it changes nothing in the training.
         if run.step == 1 or run.step % settings.log_interval == 0:
@@ -139,16 +136,6 @@ def train_validate(run: Run, epoch: int) -> None:
         raise SystemExit(128 + (run.signal or signal.SIGTERM))
 
 
-class StepResult(NamedTuple):
-    """What one step came to: this rank's losses per counted token, without smoothing and as they
-    are optimised, the number of its counted tokens, and the gradient's norm before clipping."""
-
-    loss: float
-    smoothed_loss: float
-    tokens: float
-    norm: float
-
-
 def optimizer_step(run: Run, rows: list[list[int]]) -> StepResult:
     """Take one step on this rank's micro-batches `rows`, lists of row numbers.
 
@@ -162,8 +149,7 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> StepResult:
     # What ranks must agree on travels with the count: a signal to any, the clock of the first.
     seconds = time.monotonic() - run.saved_at
     late = runtime.rank == 0 and settings.save_minutes and seconds > 60 * settings.save_minutes
-    total, signals, due = runtime.sum(sum(counts), run.signal, bool(late))
-    run.stopping, run.save_due = signals > 0, due > 0
+    sums = runtime.sum_on_device(sum(counts), run.signal, bool(late))
     plain_sum = smoothed_sum = torch.zeros((), device=runtime.device)
     for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
         batch = runtime.to_device(batch)
@@ -171,36 +157,60 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> StepResult:
             with runtime.autocast():
                 plain, smoothed = run.model(batch, label_smooth=settings.label_smooth)
             # DistributedDataParallel averages over ranks, so each one's share is scaled back up.
-            run.scaler.scale(smoothed * (count * runtime.world_size / total)).backward()
+            run.scaler.scale(smoothed * (count * runtime.world_size / sums[0])).backward()
         plain_sum = plain_sum + plain * count
         smoothed_sum = smoothed_sum + smoothed.detach() * count
 
     run.scaler.unscale_(run.optimizer)
     parameters = list(run.trained.values())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if torch.isfinite(norm):
-        if settings.clip:
-            nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
-        run.scaler.step(run.optimizer)
-        run.scheduler.step()
+    if settings.clip:
+        nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
+    run.updates.take(norm)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    count = sum(counts)
-    per_token = max(count, 1)
-    return StepResult(
-        float(plain_sum) / per_token, float(smoothed_sum) / per_token, count, float(norm)
+    own = torch.stack((norm, plain_sum, smoothed_sum)).to(sums.dtype)
+    tokens = int(sum(run.train.lengths[micro].sum() for micro in rows))
+    return StepResult(sum(counts), tokens, Arriving(torch.cat((own, sums[1:]))))
+
+
+def settle_steps(run: Run) -> None:
+    """Count the steps whose results are known by now, and wait for all where one is needed."""
+    while len(run.outstanding) > run.updates.lag or (run.outstanding and is_due(run)):
+        settle_step(run, run.outstanding.popleft())
+
+
+def is_due(run: Run) -> bool:
+    """Whether something follows the last step taken, provided that it and those before are finite;
+    what follows must wait for their results."""
+    settings, step = run.settings, run.step + len(run.outstanding)
+    intervals = settings.log_interval, settings.eval_interval, settings.save_interval
+    return (
+        step == 1
+        or step >= run.plan.max_step
+        or any(step % interval == 0 for interval in intervals)
+        or run.batches_taken % run.plan.steps_per_epoch == 0
+        or run.stopping
+        or run.save_due
     )
 
 
-def count_step(run: Run, rows: list[list[int]], result: StepResult, seconds: float) -> None:
-    """Add a step to what is logged next."""
+def settle_step(run: Run, result: StepResult) -> None:
+    """Count a step, once it is known whether it was finite."""
+    finite = math.isfinite(result.norm)
+    run.stopping, run.save_due = result.stopping, result.save_due
+    run.updates.confirm(finite)
+    if not finite:
+        return count_bad_step(run)
+    run.step += 1
+    run.bad_steps = 0
+    confirm_save(run)
     interval = run.interval
-    interval.loss += result.loss * result.tokens
-    interval.smoothed_loss += result.smoothed_loss * result.tokens
-    interval.count += result.tokens
+    interval.loss += result.loss * result.counted
+    interval.smoothed_loss += result.smoothed_loss * result.counted
+    interval.count += result.counted
     interval.norm = result.norm
-    interval.tokens += int(sum(run.train.lengths[micro].sum() for micro in rows))
-    interval.seconds += seconds
+    interval.tokens += result.tokens
     run.log.advance(result.loss)
 
 

@@ -90,7 +90,13 @@ class AdamW(Optimizer):
     from the parameter after its update:
 
         p ← p - lr · √(1 - β₂ᵗ) / (1 - β₁ᵗ) · m / (√v + ε);    p ← p - lr · λ · p
+
+    With `capturable`, as in torch, nothing waits for the device: step numbers are tensors, and `lr`
+    may be one. Where `found_inf`, a scalar tensor, is set and not 0, a step then changes nothing.
+    All parameters of a group must have a gradient in the same steps.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -100,6 +106,7 @@ class AdamW(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         correct_bias: bool = True,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -107,6 +114,7 @@ class AdamW(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "correct_bias": correct_bias,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
@@ -126,29 +134,80 @@ class AdamW(Optimizer):
             return
         for p in params:
             if not self.state[p]:
-                self.state[p] = {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-            self.state[p]["step"] += 1
+                step = torch.zeros((), device=p.device) if group["capturable"] else 0
+                self.state[p] = {"step": step, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
         states = [self.state[p] for p in params]
         grads = [p.grad for p in params if p.grad is not None]  # all of them, as `step` chose them
         m, v = [s["m"] for s in states], [s["v"] for s in states]
+        if self.found_inf is not None:
+            for gradient in grads:
+                gradient.masked_fill_(self.found_inf > 0, 0)
+        advance = self._advance_on_device if group["capturable"] else self._advance
+        shrink_m, shrink_v, rates, shrink_p = advance(states, group)
         beta1, beta2 = group["betas"]
-        torch._foreach_mul_(m, beta1)
+        _multiply(m, shrink_m)
         torch._foreach_add_(m, grads, alpha=1 - beta1)
-        torch._foreach_mul_(v, beta2)
+        _multiply(v, shrink_v)
         torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
-        rates = [-group["lr"] * _bias_correction(s["step"], group) for s in states]
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(params, m, denominators, rates)
+        if isinstance(rates, Tensor):  # which addcdiv does not take
+            changes = torch.ops.aten._foreach_mul.Tensor(m, rates)
+            torch._foreach_div_(changes, denominators)
+            torch._foreach_add_(params, changes)
+        else:
+            torch._foreach_addcdiv_(params, m, denominators, rates)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            _multiply(params, shrink_p)
+
+    def _advance(self, states: list[dict], group: dict) -> tuple[float, float, list[float], float]:
+        """Count the step; return what m and v are multiplied by, the rate of each parameter, and
+        what the parameters are multiplied by."""
+        for state in states:
+            state["step"] += 1
+        rates = [-group["lr"] * _bias_correction(state["step"], group) for state in states]
+        return *group["betas"], rates, 1 - group["lr"] * group["weight_decay"]
+
+    def _advance_on_device(self, states: list[dict], group: dict) -> tuple[Tensor, ...]:
+        """Do what `_advance` does, in scalar tensors, which change nothing if it is skipped."""
+        steps = [state["step"] for state in states]
+        skipped = torch.zeros_like(steps[0]) if self.found_inf is None else self.found_inf
+        torch._foreach_add_(steps, [1 - skipped] * len(steps))
+        step = steps[0].double()
+        beta1, beta2 = (torch.full_like(step, beta) for beta in group["betas"])
+        rate = -group["lr"] * _bias_correction(step, group)
+        decay = 1 - group["lr"] * group["weight_decay"] * torch.ones_like(step)
+        unchanging = (beta1, 1), (beta2, 1), (rate, 0), (decay, 1)
+        dtype = states[0]["m"].dtype
+        return tuple(x.masked_fill(skipped > 0, value).to(dtype) for x, value in unchanging)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, whether its step numbers are tensors or not."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if state := self.state.get(p):
+                    step = float(state["step"])
+                    capturable = group["capturable"]
+                    state["step"] = (
+                        torch.full((), step, device=p.device) if capturable else int(step)
+                    )
 
 
-def _bias_correction(step: int, group: dict) -> float:
+def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
+    """Multiply tensors in place; torch._foreach_mul_ would ask a scalar tensor for its number."""
+    if isinstance(factor, Tensor):
+        torch.ops.aten._foreach_mul_.Tensor(tensors, factor)
+    else:
+        torch._foreach_mul_(tensors, factor)
+
+
+def _bias_correction(step: int | Tensor, group: dict) -> Any:
     if not group["correct_bias"]:
         return 1.0
     beta1, beta2 = group["betas"]
-    return math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    left = 1 - beta2**step
+    return (left.sqrt() if isinstance(left, Tensor) else math.sqrt(left)) / (1 - beta1**step)
 
 
 def create_grouped_parameters(
@@ -186,9 +245,11 @@ def _groups_by_decay(model: nn.Module, weight_decay: float, no_decay_bias: bool)
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def create_adam_optimizer_from_args(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+def create_adam_optimizer_from_args(
+    model: nn.Module, settings: OptimizerSettings, skips_on_device: bool = False
+) -> Optimizer:
     """Return the optimizer that `--optimizer` names, over the trainable parameters of `model`,
-    which is on its device already.
+    which is on its device already; with `skips_on_device` it obeys its attribute `found_inf`.
 
     Raises:
         InputError: as `optimizer_class` does.
@@ -196,8 +257,8 @@ def create_adam_optimizer_from_args(model: nn.Module, settings: OptimizerSetting
     s, on_cuda = settings, any(p.is_cuda for p in model.parameters())
     kind = optimizer_class(s, on_cuda)
     own: dict[str, Any] = {
-        "original": {"correct_bias": s.correct_bias},
-        "torch": {"fused": on_cuda},
+        "original": {"correct_bias": s.correct_bias, "capturable": skips_on_device},
+        "torch": {"fused": on_cuda or skips_on_device},
     }
     return kind(
         create_grouped_parameters(model, s.weight_decay, s.no_decay_bias, s.lr, s.lora_plus_ratio),

@@ -1,13 +1,17 @@
 """What only a GPU can show. Run these first on a machine that has one."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import Tiny, finish, start
 
+import gpt2_ft
+import gpu
 from decoding.cache import DecodeCache
 from model import GPT2Config, GPT2LMModel
+from training.setup import prepare
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOTHING ABOUT GPUS IS TESTED: there is no CUDA device"
@@ -40,6 +44,33 @@ def test_losses_on_a_gpu_are_those_of_a_cpu(
     expected = losses(nano, "cpu", "--device=cpu", *own)
     found = losses(nano, "gpu", "--device=cuda", *flags)
     assert found == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.fixture
+def forbidding_waits():
+    """A function that lets any operation raise that makes the host wait for the GPU."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("optimizer", ["original", "torch"])
+@pytest.mark.parametrize("precision", [(), ("--bf16",), ("--fp16",)])
+def test_no_step_waits_for_the_gpu(
+    precision: tuple[str, ...],
+    optimizer: str,
+    tiny: Tiny,
+    forbidding_waits: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = ["--clip", 0.1, "--log_interval", 5, "--optimizer", optimizer, *precision]
+    args = gpt2_ft.parse_args(tiny.argv("run", *flags, "--device", "cuda"))
+    run = prepare(args, gpu.parse_gpu(args), tiny.folder / "run", None)
+    for name in ("validate", "save"):
+        monkeypatch.setattr(gpt2_ft, name, lambda *_: None)
+    gpt2_ft.train_validate(run, 1)  # libraries start
+    forbidding_waits()
+    gpt2_ft.train_validate(run, 2)
+    assert run.step + run.bad_steps == 12
 
 
 def test_a_run_on_a_gpu_resumes_with_its_dropout(nano: Tiny) -> None:

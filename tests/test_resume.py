@@ -20,6 +20,7 @@ from checkpoints import read_adapter
 from common.errors import InputError
 from data_utils import load_tokenizer, vocabulary_fingerprint
 from training import work_dir
+from training.updates import Arriving, StepResult
 
 # Names of event files that are made in one second are ordered by a count, as text.
 event_file_writer._global_uid._value = 10**6
@@ -243,8 +244,9 @@ def test_a_run_of_steps_that_are_not_finite_still_obeys_a_signal(
 
     def bad_step(run: gpt2_ft.Run, rows: list) -> tuple:
         calls.append(rows)
-        run.signal, run.stopping = signal.SIGTERM, True
-        return gpt2_ft.StepResult(0.0, 0.0, 1.0, float("nan"))
+        run.signal = signal.SIGTERM
+        numbers = torch.tensor([float("nan"), 0, 0, run.signal, 0])
+        return StepResult(1.0, 1, Arriving(numbers))
 
     monkeypatch.setattr(gpt2_ft, "optimizer_step", bad_step)
     with pytest.raises(SystemExit) as ended:

@@ -154,10 +154,10 @@ def test_a_step_reports_the_token_mean_and_the_norm_before_clipping(
     real = gpt2_ft.optimizer_step
     monkeypatch.setattr(gpt2_ft, "optimizer_step", lambda *a: results.append(real(*a)))
     clipped = step_gradients(run, [[0, 1], [2]])
-    ((_, loss, counted, norm),) = results
-    assert loss == pytest.approx(expected, abs=1e-6)
-    assert counted == float(mask.sum())
-    assert norm > 0.01
+    (result,) = results
+    assert result.smoothed_loss == pytest.approx(expected, abs=1e-6)
+    assert result.counted == float(mask.sum())
+    assert result.norm > 0.01
     assert torch.nn.utils.get_total_norm(clipped.values()) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -199,12 +199,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_moves_nothing_but_the_data(
     rate = run.scheduler.get_last_lr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        *_, norm = gpt2_ft.optimizer_step(run, next(steps))
+        norm = gpt2_ft.optimizer_step(run, next(steps)).norm
         assert not math.isfinite(norm)
         assert all(torch.equal(tensor, before[name]) for name, tensor in run.trained.items())
         assert run.scheduler.get_last_lr() == rate
         assert all(p.grad is None for p in run.trained.values())
-        *_, norm = gpt2_ft.optimizer_step(run, next(steps))
+        norm = gpt2_ft.optimizer_step(run, next(steps)).norm
     assert math.isfinite(norm)
     assert run.scheduler.get_last_lr() != rate
     if scaled:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from checkpoints import AdapterHeader
 from data_utils import EpochSampler, FT_Dataset
 from gpu import Runtime
 from training.log import RunLog
+from training.updates import Updates
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Run:
     where a step had to be skipped. `no_better` counts validations since the best one. `last_save`
     holds `step` and `validated_step` of the last save, `saved_at` its time; `good_step` is the step
     of the last save that a finite step followed, -1 for none. `signal` is what this
-    process was sent, `stopping` and `save_due` what all ranks agreed on.
+    process was sent, `stopping` and `save_due` what all ranks agreed on. `outstanding` holds the
+    results of steps that were not read yet; where something is logged, saved or validated, none is.
     """
 
     runtime: Runtime
@@ -93,6 +96,7 @@ class Run:
     optimizer: Optimizer
     scheduler: LambdaLR
     scaler: GradScaler
+    updates: Updates
     train: FT_Dataset
     valid: FT_Dataset | None
     sampler: EpochSampler
@@ -113,6 +117,7 @@ class Run:
     signal: int = 0
     stopping: bool = False
     interval: Interval = field(default_factory=Interval)
+    outstanding: deque = field(default_factory=deque)
 
     @property
     def epoch(self) -> int:

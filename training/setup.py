@@ -34,6 +34,7 @@ from training.log import RunLog
 from training.report import print_disk, print_sizes, trained_parameters
 from training.resume import State, check_equal_ranks, check_settings, flat, restore
 from training.run import Plan, Run, RunSettings
+from training.updates import CheckedUpdates, DeferredUpdates, defers
 
 T = TypeVar("T")
 
@@ -105,8 +106,11 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
     model.transformer.gradient_checkpointing = args.gradient_checkpointing
     model.to(runtime.device).train()
     for_optimizer = optimizer_settings(args, plan)
-    optimizer = create_adam_optimizer_from_args(model, for_optimizer)
+    deferred = defers(runtime, args.optimizer)
+    optimizer = create_adam_optimizer_from_args(model, for_optimizer, deferred)
     scheduler = create_optimizer_scheduler(optimizer, for_optimizer)
+    scaler = GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+    checked = CheckedUpdates(optimizer, scheduler, scaler)
     # Equal models on all ranks, but dropout of their own.
     gpu.seed_everything(args.random_seed + runtime.rank)
     run = Run(
@@ -117,7 +121,8 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
         model=runtime.wrap(model),
         optimizer=optimizer,
         scheduler=scheduler,
-        scaler=GradScaler(runtime.device.type, enabled=runtime.precision == "fp16"),
+        scaler=scaler,
+        updates=DeferredUpdates(optimizer, scheduler) if deferred else checked,
         train=train,
         valid=valid,
         sampler=sampler_of(args, runtime, plan, len(train)),

@@ -16,6 +16,16 @@ from common.errors import InputError
 
 PERCENT = ("BLEU", "METEOR", "ROUGE_L", "TER", "chrF++")  # stored as fractions
 NAMES = {"lora": "LoRA", "lora_fa": "LoRA-FA", "dora": "DoRA", "pissa": "PiSSA"}
+BOTTLENECKS = {
+    "adapter_l": "AdapterL (Lin et al. 2020) of {}: a bottleneck after each block",
+    "adapter_h": "AdapterH (Houlsby et al. 2019) of {}: two bottlenecks in each block",
+}
+SUBSETS = {
+    "full": "All weights",
+    "top": "The last blocks",
+    "top2": "The last two blocks and the LayerNorm after them",
+    "bias": "The biases",
+}
 PROMPT = (
     "A prompt is the context followed by `<|endoftext|>`; the model continues with a space and the "
     "text. It was trained on no other form. `gpt2_beam.py` adds the token itself, other "
@@ -127,15 +137,15 @@ def _summary(header: AdapterHeader, form: str) -> str:
     base = f"`{header.base.name}`" if header.base.name else "GPT-2"
     if header.base.fingerprint:
         base += f" (fingerprint `{header.base.fingerprint[:16]}…`)"
-    if header.lora is None:
-        what = {"full": "All weights", "top": "The last blocks", "bias": "The biases"}
-        text = f"{what.get(header.kind, header.kind)} of {base} were fine-tuned."
-    else:
-        lora = header.lora
+    if lora := header.lora:
         text = (
             f"A {NAMES[header.kind]} adapter of {base}: rank {lora.r}, alpha {lora.alpha:g}"
             f"{' (scaled by 1/√r)' if lora.rslora else ''}, on {', '.join(lora.targets)}."
         )
+    elif bottleneck := header.bottleneck:
+        text = f"{BOTTLENECKS[header.kind].format(base)}, {bottleneck.dim} wide."
+    else:
+        text = f"{SUBSETS[header.kind]} of {base} were fine-tuned."
     if form == "merged":
         text += " Its update is added to the weights here, so no adapter library is needed."
     return text
@@ -184,7 +194,7 @@ def _loading(header: AdapterHeader, form: str, name: str) -> str:
             ),
             "vLLM does not serve adapters of GPT-2; it serves what `--to merged` writes.",
         ]
-    else:
+    elif header.bottleneck is None:
         blocks += [
             "For PEFT and transformers convert it: `python convert_adapter.py --adapter "
             f"{local} --to peft` or `--to merged`."

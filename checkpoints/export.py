@@ -81,9 +81,10 @@ def load_average(
     for path in paths:
         adapter = load_for_export(base, path)
         if adapter.header.kind != "lora":
+            merged = "" if adapter.header.bottleneck else ", so average merged weights in its place"
             raise InputError(
                 f"--average {path} is {adapter.header.kind}; only plain LoRA adapters have a mean "
-                "that is one, so average merged weights in its place"
+                f"that is one{merged}"
             )
         headers.append(adapter.header)
         tensors.append(adapter.tensors)
@@ -117,8 +118,19 @@ def write_safetensors(adapter: LoadedAdapter, path: Path) -> list[Path]:
     return [path]
 
 
+def refuse_bottleneck(header: AdapterHeader, form: str) -> None:
+    """Raise InputError for an adapter that no format but this repository's own has."""
+    if header.bottleneck:
+        raise InputError(
+            f"--to {form}: a bottleneck ({header.kind}) cannot be merged, as there is a "
+            "nonlinearity between its two matrices, and neither PEFT nor the original code has it; "
+            "give --to safetensors"
+        )
+
+
 def write_pt(adapter: LoadedAdapter, path: Path) -> list[Path]:
     """Write the original's file: adapters of q and v by name, without their alpha."""
+    refuse_bottleneck(adapter.header, "pt")
     config, kind = adapter.header.lora, adapter.header.kind
     if config is None or kind not in ("lora", "lora_fa") or config.targets != ("q", "v"):
         targets = ",".join(config.targets) if config else "no layer"
@@ -137,6 +149,7 @@ def write_pt(adapter: LoadedAdapter, path: Path) -> list[Path]:
 
 def write_peft(adapter: LoadedAdapter, folder: Path) -> list[Path]:
     """Write a folder for PEFT."""
+    refuse_bottleneck(adapter.header, "peft")
     if adapter.header.lora is None:
         raise InputError(
             f"--to peft: {adapter.header.kind} training has no adapter; give --to merged"
@@ -161,6 +174,7 @@ def name_for_peft(base: BaseWeights) -> str:
 
 def write_merged(adapter: LoadedAdapter, folder: Path) -> list[Path]:
     """Write a folder for transformers, with the tokenizer's files where the vocabulary is given."""
+    refuse_bottleneck(adapter.header, "merged")
     config, end_of_text = adapter.model.config, None
     if adapter.vocab:
         tokenizer = load_tokenizer(adapter.vocab)

@@ -137,8 +137,10 @@ def headline(result: dict) -> str:
     seconds = ", ".join(f"{name} {value:g} s" for name, value in result["seconds"].items())
     loss = result["best_valid_loss"]
     best = "" if loss is None else f", best valid loss {loss:.4f} at step {result['best_step']}"
+    method, dim = settings.get("method", "lora"), settings.get("adapter_dim")
+    what = f"r {settings['lora_dim']}" if method == "lora" else f"{method} {dim or ''}".rstrip()
     return (
-        f"{settings['model_card']}, r {settings['lora_dim']}, {settings['trained_parameters']:,} "
+        f"{settings['model_card']}, {what}, {settings['trained_parameters']:,} "
         f"trained, seed {settings['random_seed']}, {result['steps']:,} steps{best}; {seconds}"
     )
 

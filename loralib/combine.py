@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ def adapters_by_row(
 ) -> Iterator[nn.Module]:
     """Within the block, row i of what goes through `model` has the adapter `names[i]`, or none.
 
+    An adapter is what has `adapt(h, x)`: the layers here, and other modules of a model that have it
+    where the base has one without parameters.
+
     The base is computed once for all rows, each adapter thinly for its own (as in S-LoRA; Sheng et
     al. 2023, arXiv:2311.03285); nothing is merged.
 
@@ -24,7 +28,7 @@ def adapters_by_row(
         adapted: by name, models of the same structure with an adapter, on equal base weights.
 
     Raises:
-        ValueError: a name is unknown, or a model differs from the base in more than adapters.
+        ValueError: a name is unknown, or a model differs from the base in more than such adapters.
     """
     if unknown := {name for name in names if name is not None} - adapted.keys():
         raise ValueError(f"no adapter is called {min(unknown)!r}; there are {', '.join(adapted)}")
@@ -33,13 +37,17 @@ def adapters_by_row(
             _check_same_base(name, model, other)
             rows = torch.tensor([row == name for row in names])
             for path, twin in other.named_modules():
-                if isinstance(twin, LoRALayer) and twin.adapted and rows.any():
+                if _is_adapter(twin) and rows.any():
                     layer = model.get_submodule(path)
                     hooks.callback(layer.register_forward_hook(_adding(twin, rows)).remove)
         yield model
 
 
-def _adding(twin: LoRALayer, rows: Tensor) -> Callable[..., Tensor]:
+def _is_adapter(module: nn.Module) -> bool:
+    return module.adapted if isinstance(module, LoRALayer) else hasattr(module, "adapt")
+
+
+def _adding(twin: Any, rows: Tensor) -> Callable[..., Tensor]:
     """A forward hook by which `twin` completes a layer's output in the marked `rows`, (B,)."""
 
     def hook(layer: nn.Module, inputs: tuple[Tensor], h: Tensor) -> Tensor:
@@ -58,6 +66,11 @@ def _check_same_base(name: str, model: nn.Module, other: nn.Module) -> None:
         own = theirs.get(key)
         if own is None or (own.data_ptr() != tensor.data_ptr() and not torch.equal(own, tensor)):
             raise ValueError(f"adapter {name!r} has another {key} than the base")
+    for path, twin in other.named_modules():
+        if _is_adapter(twin):
+            theirs = {key: t for key, t in theirs.items() if not key.startswith(f"{path}.")}
+    if extra := theirs.keys() - dict(model.named_parameters()):
+        raise ValueError(f"adapter {name!r} has {min(extra)}, which no row can have to itself")
 
 
 def merge_adapters(

@@ -119,7 +119,7 @@ def setup_of(variant: str, choose: str) -> Setup:
         out=RESULTS, train_data=str(training_file(variant)), valid_data=str(valid_file()),
         test_data=str(DATASET / "test.jsonl"), init_checkpoint=f"{BASE}/model.safetensors",
         vocab=BASE, task="e2e", fields=None, train_batch_size=8, seq_len=256, beam=10,
-        length_penalty=0.8, eval_len=64, choose=choose, rows=[0],
+        length_penalty=0.8, eval_len=64, choose=choose, rows=[0], train_flags="",
     )  # fmt: skip
     return make_setup(flags, variant=variant)
 

@@ -42,6 +42,8 @@ def carry_out(runs: Sequence[Run], workers: int, threads: int) -> bool:
 
 def summary(result: dict) -> str:
     """Return what a run came to, in a line."""
+    if "failed" in result:
+        return f"diverged: {result['failed']}"
     scores = {"valid loss": result["valid_loss"]["last"], **result.get("scores", {})}
     said = [f"{name} {value}" for name, value in scores.items() if value is not None]
     parts = {part: seconds for part, seconds in result["seconds"].items() if seconds is not None}

@@ -4,9 +4,9 @@ A result belongs to its settings: the method, the learning rate, the seed, the h
 data, and whatever else decides its numbers. They stand in it and in the run's folder.
 """
 
-import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from common.errors import InputError
 from common.files import read_json_lines, write_json
 from data.readers import DataFile, Record
 from data.rows import write_jsonl
+from eval.summary import read_json
 from experiments.methods import Method
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GRID_SEED = 0
 CHECKS = 4  # validations of a run, saves too; epochs end with one as well
 LOG_LINES = 20
+DIVERGED = "had a loss or gradient that is not finite"  # as gpt2_ft.py says it
 # The processes that run now, so that whoever ends this one can end them.
 processes: set[subprocess.Popen] = set()
 
@@ -35,7 +37,8 @@ processes: set[subprocess.Popen] = set()
 class Setup:
     """What all runs of a comparison share: files, their hashes, and how texts are made.
 
-    `out` is the folder of the results; `variant` tells apart runs on other data in the same one.
+    `out` is the folder of the results; `variant` tells apart runs on other data in the same one;
+    `train_flags` are further flags of every training.
     `base` is the base's fingerprint, `train`, `valid` and `test` are the sha256 of the data files,
     `rows` is the number of training rows. `choose` names the adapter that is decoded: last, or best
     on validation.
@@ -55,6 +58,7 @@ class Setup:
     task: str = "own"
     fields: str | None = None
     variant: str = ""
+    train_flags: str = ""
     train_batch_size: int = 8
     seq_len: int = 512
     beam: int = 10
@@ -108,6 +112,8 @@ class Run:
             "train_data": setup.train, "valid_data": setup.valid, "fields": setup.fields,
             "train_batch_size": setup.train_batch_size, "seq_len": setup.seq_len,
         }  # fmt: skip
+        if setup.train_flags:
+            training["train_flags"] = setup.train_flags
         if self.is_of_grid:
             return training
         return training | {
@@ -124,7 +130,7 @@ def is_done(run: Run) -> bool:
     """
     for path in (run.result, run.folder / "settings.json"):
         if path.is_file():
-            found = _read(path)
+            found = read_json(path)
             _check_settings(run, path, found.get("settings", {}))
     return run.result.is_file()
 
@@ -142,13 +148,9 @@ def _short(value: object) -> str:
     return f"{value!s:.12}" if isinstance(value, str) else str(value)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_result(run: Run) -> dict[str, Any]:
     """Return the result of a run that is done."""
-    return _read(run.result)
+    return read_json(run.result)
 
 
 def perform(run: Run, threads: int = 1) -> dict[str, Any]:
@@ -160,18 +162,28 @@ def perform(run: Run, threads: int = 1) -> dict[str, Any]:
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / "settings.json", {"settings": run.settings()})
     done = run.folder / "seconds.json"
-    seconds: dict[str, float | None] = _read(done) if done.is_file() else {}
+    seconds: dict[str, float | None] = read_json(done) if done.is_file() else {}
     for part, command in commands(run).items():
         if part in seconds:
             continue
         is_resumed = part == "training" and (run.folder / "state.pt").is_file()
         started = time.monotonic()
-        execute(run, part, command, threads)
+        try:
+            execute(run, part, command, threads)
+        except InputError as error:
+            if run.is_of_grid and DIVERGED in str(error):
+                return keep(run, {"valid_loss": {"last": None}, "failed": str(error)})
+            raise
         seconds[part] = None if is_resumed else round(time.monotonic() - started, 1)
         write_json(done, seconds)
-    result = describe(run, seconds)
+    return keep(run, describe(run, seconds))
+
+
+def keep(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """Write a run's result, and delete what is of no use any more: the state that it would resume
+    from and, of a run of the grid, all the rest."""
+    result = result | {"method": run.method.name, "settings": run.settings()}
     write_json(run.result, result)
-    # A finished run needs no state to resume from, and of the grid the result is all.
     (run.folder / "state.pt").unlink(missing_ok=True)
     if run.is_of_grid:
         shutil.rmtree(run.folder)
@@ -189,6 +201,7 @@ def commands(run: Run) -> dict[str, list[str]]:
         *flags(train_batch_size=setup.train_batch_size, seq_len=setup.seq_len, valid_batch_size=16),
         *flags(eval_interval=often, save_interval=often, keep_last=1, valid_samples=0),
         *flags(log_interval=max(run.steps // LOG_LINES, 1), work_dir=folder, resume="auto"),
+        *shlex.split(setup.train_flags),
     ]  # fmt: skip
     if run.is_of_grid:
         return {"training": training}
@@ -255,7 +268,7 @@ def describe(run: Run, seconds: dict[str, float | None]) -> dict[str, Any]:
         kind: [[r["step"], round(r["loss"], 4)] for r in records if r["kind"] == kind]
         for kind in ("train", "valid")
     }
-    run_json = _read(run.folder / "run.json")
+    run_json = read_json(run.folder / "run.json")
     options = dict(run.method.settings)
     assert header and header.settings  # it was trained here
     result = {
@@ -278,12 +291,10 @@ def describe(run: Run, seconds: dict[str, float | None]) -> dict[str, Any]:
         "base": header.base.fingerprint,
         "git_commit": run_json["git_commit"],
         "torch": run_json["torch"],
-        "method": run.method.name,
         "variant": run.setup.variant,
-        "settings": run.settings(),
     }
     if not run.is_of_grid:
-        scored = _read(run.folder / "scores.json")
+        scored = read_json(run.folder / "scores.json")
         result["scores"] = {
             name: value and round(value, 4) for name, value in scored["scores"].items()
         }

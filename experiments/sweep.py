@@ -26,9 +26,11 @@ from common.sample import sample_settings
 from data.fields import add_fields_flag
 from data.readers import DataFile
 from eval.metrics import METRICS
+from experiments.compare import write_report
 from experiments.launch import carry_out
 from experiments.methods import KINDS, Method, parse_methods
 from experiments.runs import GRID_SEED, Run, Setup, is_done, read_result
+from experiments.slurm import submit
 
 FILES = ("train_data", "valid_data", "test_data", "init_checkpoint")
 RATES = (2e-4, 1e-3, 5e-3)
@@ -63,13 +65,13 @@ class Comparison:
         return [Run(self.setup, method, lr, steps, GRID_SEED, is_of_grid=True) for lr in rates]
 
     def rate(self, method: Method) -> float | None:
-        """The learning rate of a method, None where none of its short runs has a result; of a short
-        run that failed, as one that diverges does, there is none."""
+        """The learning rate of a method, None where no short run of it came to a loss."""
         runs = self.grid_of(method)
         if not runs:
             return self.rates_of(method)[0]
         losses = {run.lr: read_result(run)["valid_loss"]["last"] for run in runs if is_done(run)}
-        return min(losses, key=losses.__getitem__, default=None)
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        return min(finite, key=finite.__getitem__, default=None)
 
     def runs(self) -> list[Run]:
         """The runs of the methods whose learning rate is known, those of the first seed first."""
@@ -105,6 +107,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=3, help="runs of each method (default: 3)")
     add("--rows", type=int, nargs="+", default=[0],
         help="training rows, at random by seed; 0 is all (default: 0)")  # fmt: skip
+    add("--train_flags", default="", metavar="FLAGS",
+        help='further flags of gpt2_ft.py for every run: "--label_smooth 0 --bf16"')  # fmt: skip
     add("--train_batch_size", type=int, default=8, help="default: 8")
     add("--seq_len", type=int, default=512, help="default: 512, or the sample's")
     add("--beam", type=int, default=10, help="default: 10")
@@ -120,6 +124,9 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workers", type=int, default=1, help="runs at a time (default: 1)")
     add("--threads", type=int, default=1, help="of each run (default: 1)")
+    add("--launcher", choices=("local", "slurm"), default="local",
+        help="slurm: a task of a job array for each run; the same command collects")  # fmt: skip
+    add("--sbatch", default="", metavar="FLAGS", help='flags for sbatch: "--gpus=1 --time=2:00:00"')
     add("--dry_run", action="store_true", help="list what is done and what is not, and end")
 
 
@@ -158,7 +165,7 @@ def make_setup(args: argparse.Namespace, **own: Any) -> Setup:
         raise InputError(f"--rows {max(args.rows)} is more than the {rows} of {args.train_data}")
     _, valid, test = (sha256_of(getattr(args, name)) for name in names)
     same = ("out", *FILES, "vocab", "task", "fields", "train_batch_size", "seq_len", "beam",
-            "length_penalty", "eval_len", "choose")  # fmt: skip
+            "length_penalty", "eval_len", "choose", "train_flags")  # fmt: skip
     base = checkpoints.read_base(args.init_checkpoint).fingerprint
     given = {name: getattr(args, name) for name in same}
     return Setup(**given, base=base, train=train.sha256, valid=valid, test=test, rows=rows, **own)
@@ -174,20 +181,30 @@ def sha256_of(path: str) -> str:
 
 
 def carry_out_all(comparisons: Sequence[Comparison], args: argparse.Namespace, title: str) -> int:
-    """Carry out what is missing of the grids, then of the runs; return the exit code."""
+    """Carry out what is missing of the grids, then of the runs; report; return the exit code."""
     if args.dry_run:
         for comparison in comparisons:
             show(comparison)
         return 0
-    grid = [run for comparison in comparisons for run in comparison.grid()]
-    is_whole = carry_out(grid, args.workers, args.threads)
+    is_whole = launch([run for each in comparisons for run in each.grid()], args)
+    if args.launcher == "slurm" and not is_whole:
+        return 0
     for comparison in comparisons:
         for method in comparison.methods:
             if comparison.grid_of(method):
                 print(f"{method.name}: {said_of_rate(comparison, method)}", flush=True)
     runs = [run for comparison in comparisons for run in comparison.runs()]
-    is_whole &= carry_out(runs, args.workers, args.threads)
-    return 0 if is_whole else 1
+    is_whole &= launch(runs, args)
+    if report := write_report(title, Path(comparisons[0].setup.out), runs):
+        print(f"\n{report}\n{comparisons[0].setup.out}/{title}.md has this, with its figure")
+    return 0 if is_whole or args.launcher == "slurm" else 1
+
+
+def launch(runs: list[Run], args: argparse.Namespace) -> bool:
+    """Carry out what is missing of the runs as the flags say; return whether none is missing."""
+    if args.launcher == "slurm":
+        return submit(runs, args.workers, args.threads, args.sbatch)
+    return carry_out(runs, args.workers, args.threads)
 
 
 def said_of_rate(comparison: Comparison, method: Method) -> str:

@@ -21,6 +21,7 @@ from benchmarks.tables import grid
 from common.errors import run
 from common.files import replacing
 from experiments import chinese, figures
+from experiments.compare import mean_sd
 from experiments.figures import ALL_ROWS, NAMES, TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,15 +51,6 @@ class Setting(NamedTuple):
 def read_results(folder: Path) -> list[dict]:
     """The JSON files of a folder, in the order of their names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-
-
-def mean_sd(values: list[float | None], factor: float = 1, digits: int = 2) -> str:
-    """`mean ± sd` (n - 1 in its denominator), the value alone where it is one, or nothing."""
-    known = [factor * value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return ""
-    mean = f"{statistics.mean(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
 def runs_of(results: list[dict], setting: Setting) -> list[dict]:

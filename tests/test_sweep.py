@@ -1,17 +1,26 @@
 """The comparison of methods: which runs there are, what they are told, what becomes of them."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import threading
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import sacrebleu
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gpt2_ft
 from common.errors import InputError
-from experiments import e2e, launch, sweep
+from eval import evaluate, webnlg
+from experiments import compare, e2e, launch, runs, slurm, sweep
 from experiments.methods import KINDS, Method, parse_methods
 from experiments.runs import Run, Setup, commands, is_done, training_files
 
@@ -32,7 +41,7 @@ def tiny_flags(folder: Path, **changes: str) -> list[str]:
     """Return flags of two-step runs on a few rows of the sample, with results in folder/out."""
     for name in ("train", "valid", "test"):
         rows = (ROOT / "data" / "sample" / f"{name}.jsonl").read_text(encoding="utf-8")
-        few = "".join(rows.splitlines(keepends=True)[:6])
+        few = "".join(rows.splitlines(keepends=True)[:138:23])  # six, of as many contexts
         (folder / f"{name}.jsonl").write_text(few, encoding="utf-8")
     flags = {
         "train_data": str(folder / "train.jsonl"), "valid_data": str(folder / "valid.jsonl"),
@@ -103,7 +112,7 @@ def test_a_group_of_the_experiment_has_its_runs_each_under_a_name_of_its_own(
 ) -> None:
     monkeypatch.setattr(e2e, "setup_of", lambda variant, choose: a_setup(tmp_path, variant=variant))
     group = e2e.GROUPS[name]
-    runs = [
+    own = [
         Run(each.setup, method, 0.1, each.steps, seed, rows)
         for each in e2e.comparisons_of(group, None, None)
         for method in each.methods
@@ -111,16 +120,27 @@ def test_a_group_of_the_experiment_has_its_runs_each_under_a_name_of_its_own(
         for rows in each.rows
     ]
     count = len(group.methods) * group.seeds * len(group.rows) * len(group.variants)
-    assert len({run.name for run in runs}) == len(runs) == count
+    assert len({run.name for run in own}) == len(own) == count
 
 
-def test_a_comparison_ends_with_its_results_and_does_nothing_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    flags = [*tiny_flags(tmp_path, rows="4"), "--methods", "lora:r=2,targets=fc,proj"]
-    assert sweep.main(flags) == 0
-    path = tmp_path / "out" / "lora-r2-fcproj-4rows-2steps-seed1.json"
-    result = json.loads(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with what a comparison of three methods leaves, of which one cannot be trained, and
+    the flags that made it."""
+    folder = tmp_path_factory.mktemp("compared")
+    methods = ["lora:r=2,targets=fc,proj", "lora:r=2,targets=x", "full"]
+    flags = [*tiny_flags(folder, rows="4"), "--methods", *methods]
+    with (folder / "said.txt").open("w") as said, redirect_stdout(said):
+        assert sweep.main(flags) == 1
+    return folder, flags
+
+
+LORA, FULL = "lora-r2-fcproj-4rows-2steps-seed1", "full-4rows-2steps-seed1"
+
+
+def test_a_run_ends_with_its_result(compared: tuple[Path, list[str]]) -> None:
+    out = compared[0] / "out"
+    result = json.loads((out / f"{LORA}.json").read_text(encoding="utf-8"))
     said = {name: result[name] for name in ("kind", "rank", "seed", "rows", "targets", "steps")}
     assert said == {
         "kind": "lora", "rank": 2, "seed": 1, "rows": 4, "targets": "fc,proj", "steps": 2,
@@ -128,12 +148,76 @@ def test_a_comparison_ends_with_its_results_and_does_nothing_again(
     assert result["trainable"] == 2 * 4 * 2 * (256 + 1024)  # r, blocks, layers, in + out
     assert result["seconds"]["training"] > 0 and result["peak_memory_gb"] > 0
     assert result["ser"] == result["scores"]["SER"] and result["scores"]["BLEU"] is not None
-    assert not (tmp_path / "out" / "runs" / path.stem / "state.pt").exists()
+    assert not (out / "runs" / LORA / "state.pt").exists()
+
+
+def test_what_is_done_is_listed_and_not_done_again(
+    compared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [*compared[1], "--out", str(tmp_path / "out")]
+    shutil.copytree(compared[0] / "out", tmp_path / "out")
+    path = tmp_path / "out" / f"{FULL}.json"
     before = path.stat().st_mtime_ns
-    capsys.readouterr()
     assert sweep.main([*flags, "--dry_run"]) == 0
-    assert capsys.readouterr().out == f"{path.stem}: done\n"
-    assert sweep.main(flags) == 0 and path.stat().st_mtime_ns == before
+    listed = f"{LORA}: done\nlora-r2-x-4rows-2steps-seed1: to be run\n{FULL}: done\n"
+    assert capsys.readouterr().out == listed
+    assert sweep.main([*flags, "--methods", "full"]) == 0 and path.stat().st_mtime_ns == before
+
+
+def test_a_run_that_fails_is_said_and_does_not_stop_the_others(
+    compared: tuple[Path, list[str]],
+) -> None:
+    said, name = (compared[0] / "said.txt").read_text(), "lora-r2-x-4rows-2steps-seed1"
+    assert f"training of {name} failed: --lora_targets 'x' is none of" in said
+    assert (compared[0] / "out" / f"{FULL}.json").is_file()
+    assert not (compared[0] / "out" / f"{name}.json").exists()
+
+
+def test_a_comparison_ends_with_a_table_a_picture_and_differences(
+    compared: tuple[Path, list[str]],
+) -> None:
+    out = compared[0] / "out"
+    report = (out / "comparison.md").read_text(encoding="utf-8")
+    first, *rows = [line.split(" | ") for line in report.splitlines() if line.startswith("|")]
+    assert first[:5] == ["| method", "trained", "lr", "BLEU", "NIST"]
+    assert [row[0] for row in rows if len(row) == len(first)][1:] == [
+        "| LoRA, r 2, fc,proj", "| full fine-tuning",
+    ]  # fmt: skip
+    assert report.endswith("![comparison](comparison.png)\n")
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    [found] = json.loads((out / "significance" / "comparison.json").read_text(encoding="utf-8"))
+    scores = [json.loads((out / f"{n}.json").read_text("utf-8"))["scores"] for n in (LORA, FULL)]
+    assert found["scores"]["BLEU"]["difference"] == pytest.approx(
+        scores[1]["BLEU"] - scores[0]["BLEU"], abs=2e-4
+    )
+
+
+def test_differences_of_one_seed_are_those_that_evaluate_computes(
+    compared: tuple[Path, list[str]],
+) -> None:
+    folder = compared[0]
+    ours, theirs = (str(folder / "out" / "runs" / n / "predictions.jsonl") for n in (LORA, FULL))
+    flags = ["--data", str(folder / "test.jsonl"), "--predictions", theirs, "--compare", ours]
+    flags += ["--bootstrap", str(compare.SAMPLES), "--metrics", "bleu,ser", "--task", "e2e"]
+    expected = evaluate.evaluate(evaluate.parse_args(flags))["compare"]
+    [found] = json.loads((folder / "out" / "significance" / "comparison.json").read_text("utf-8"))
+    for name, own in found["scores"].items():
+        p = expected["p_values"][name] if expected["differences"][name] else 1
+        assert own["p"] == pytest.approx(p, abs=5e-5)
+        assert own["difference"] == pytest.approx(expected["differences"][name], abs=5e-5)
+
+
+WORDS = st.lists(st.sampled_from(["the", "a", "pub", "oak", "near", "by"]), min_size=5)
+
+
+@given(st.lists(st.tuples(WORDS, WORDS, WORDS), min_size=2, max_size=5))
+def test_a_pooled_score_is_that_of_the_texts_of_all_seeds_as_one_corpus(items) -> None:
+    texts = [[" ".join(words) for words in item] for item in items]
+    references = [[reference] for reference, _, _ in texts]
+    systems = [[item[1] for item in texts], [item[2] for item in texts]]
+    makers = [webnlg.bleu(references, system, "13a", smooth="exp") for system in systems]
+    both = sacrebleu.corpus_bleu(sum(systems, []), [[r for [r] in references] * 2])
+    assert compare.pooled(makers).score() == pytest.approx(both.score / 100, abs=1e-9)
 
 
 def test_the_learning_rate_of_the_lowest_loss_is_taken_and_one_that_failed_is_not(
@@ -141,10 +225,10 @@ def test_the_learning_rate_of_the_lowest_loss_is_taken_and_one_that_failed_is_no
 ) -> None:
     setup, method = a_setup(tmp_path), Method.parse("full:lr=1/2/3")
     comparison = sweep.Comparison(setup, (method,), steps=50)
-    runs = comparison.grid()
-    assert [run.name for run in runs] == [f"full-lr{rate}-50steps" for rate in (1, 2, 3)]
+    grid = comparison.grid()
+    assert [run.name for run in grid] == [f"full-lr{rate}-50steps" for rate in (1, 2, 3)]
     assert comparison.rate(method) is None and comparison.runs() == []
-    for run, loss in zip(runs, (1.5, 1.2), strict=False):
+    for run, loss in zip(grid, (1.5, 1.2), strict=False):
         run.result.parent.mkdir(exist_ok=True)
         found = {"settings": run.settings(), "valid_loss": {"last": loss}}
         run.result.write_text(json.dumps(found), encoding="utf-8")
@@ -165,32 +249,22 @@ def test_a_result_of_other_settings_is_not_done_but_named(change: str, tmp_path:
         is_done(other)
 
 
-def test_a_run_that_fails_is_said_and_does_not_stop_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+def test_a_run_that_was_stopped_resumes_with_what_was_left(
+    compared: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    flags = tiny_flags(tmp_path)
-    assert sweep.main([*flags, "--methods", "lora:r=2,targets=x", "full"]) == 1
-    said = capsys.readouterr().out
-    assert "training of lora-r2-x-2steps-seed1 failed: --lora_targets 'x' is none of" in said
-    assert (tmp_path / "out" / "full-2steps-seed1.json").is_file()
-    assert not (tmp_path / "out" / "lora-r2-x-2steps-seed1.json").exists()
-
-
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
-    flags = [*tiny_flags(tmp_path), "--methods", "full"]
-    assert sweep.main(flags) == 0
-    result, folder = (tmp_path / "out" / name for name in ("full-2steps-seed1.json", "runs"))
-    first = json.loads(result.read_text(encoding="utf-8"))
-    result.unlink()
-    (folder / result.stem / "scores.json").unlink()
+    out = tmp_path / "out"
+    shutil.copytree(compared[0] / "out", out)
+    first = json.loads((out / f"{FULL}.json").read_text(encoding="utf-8"))
+    (out / f"{FULL}.json").unlink()
     seconds = {name: value for name, value in first["seconds"].items() if name != "scoring"}
-    (folder / result.stem / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
-    log = (folder / result.stem / "log.txt").read_text(encoding="utf-8")
-    assert sweep.main(flags) == 0
-    again = json.loads(result.read_text(encoding="utf-8"))
+    (out / "runs" / FULL / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+    adapter = out / "runs" / FULL / "model.2.safetensors"
+    before = adapter.stat().st_mtime_ns
+    assert sweep.main([*compared[1], "--methods", "full", "--out", str(out)]) == 0
+    again = json.loads((out / f"{FULL}.json").read_text(encoding="utf-8"))
     assert again["seconds"] | {"scoring": 0} == first["seconds"] | {"scoring": 0}
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
-    assert (folder / result.stem / "log.txt").read_text(encoding="utf-8").startswith(log)
+    assert adapter.stat().st_mtime_ns == before
 
 
 @given(seed=st.integers(1, 5), count=st.integers(1, 6))
@@ -232,3 +306,85 @@ def test_a_flag_that_is_missing_or_out_of_range_is_one_sentence(tmp_path: Path) 
 def test_equal_runs_are_done_once(tmp_path: Path) -> None:
     run = Run(a_setup(tmp_path), Method.parse("full"), 0.1, 50, 1)
     assert launch.missing([run, run]) == [run]
+
+
+STAND_IN = """#!/usr/bin/env bash
+# Takes what sbatch takes of the script, and runs the tasks of its array one after another.
+echo "$*" >> "$0.log"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "${@: -1}")
+for task in $(seq 0 "$last"); do
+  SLURM_ARRAY_TASK_ID=$task bash "${@: -1}" >> "$0.log" 2>&1
+done
+echo 77
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for sbatch on PATH; the path of what was told to it and what tasks printed."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(STAND_IN, encoding="utf-8")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder / "sbatch.log"
+
+
+def test_runs_are_tasks_of_a_slurm_array_that_the_same_command_collects(
+    tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [*tiny_flags(tmp_path), "--methods", "full", "lora:targets=x", "--launcher", "slurm"]
+    flags += ["--sbatch", "--gpus=1 --time=1:00:00"]
+    assert sweep.main(flags) == 0
+    assert "job 77: 2 runs submitted" in capsys.readouterr().out
+    told = cluster.read_text(encoding="utf-8")
+    assert told.startswith("--parsable --gpus=1 --time=1:00:00 ")
+    assert "full-2steps-seed1: valid loss" in told and "'x' is none of" in told
+    assert sweep.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "| full fine-tuning |" in said and "job 77: 1 runs submitted" in said
+    (cluster.parent / "squeue").write_text("#!/bin/sh\necho 77 PENDING\n", encoding="utf-8")
+    (cluster.parent / "squeue").chmod(0o755)
+    assert sweep.main(flags) == 0
+    assert "job 77 is queued or runs" in capsys.readouterr().out
+
+
+def test_a_task_of_the_array_is_the_run_that_was_submitted(tmp_path: Path) -> None:
+    run = Run(a_setup(tmp_path), Method.parse("lora:r=2,lr=1/2"), 0.1, 50, 1, 7)
+    assert slurm.run_of(json.loads(json.dumps(asdict(run)))) == run
+
+
+def test_a_cluster_without_sbatch_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = Run(a_setup(tmp_path), Method.parse("full"), 0.1, 50, 1)
+    with pytest.raises(InputError, match="needs sbatch, which is not on PATH"):
+        slurm.submit([run], 1, 1, "")
+
+
+def test_a_learning_rate_that_diverges_is_a_result_of_the_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, method = a_setup(tmp_path), Method.parse("full:lr=1/2")
+    comparison = sweep.Comparison(setup, (method,))
+    diverging = ["-c", f"raise SystemExit('error: 25 steps in a row {runs.DIVERGED}; lower --lr')"]
+    monkeypatch.setattr(runs, "commands", lambda run: {"training": diverging})
+    for run in comparison.grid():
+        assert "25 steps in a row" in runs.perform(run)["failed"] and is_done(run)
+    assert comparison.rate(method) is None
+    assert sweep.said_of_rate(comparison, method).startswith("every learning rate failed")
+
+
+def test_a_sweep_that_is_told_to_stop_ends_its_runs_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asleep = ["-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(runs, "commands", lambda run: {"training": asleep})
+    own = [Run(a_setup(tmp_path), Method.parse("full"), 0.1, 50, seed) for seed in (1, 2, 3)]
+    threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt, match="the same command resumes"):
+        launch.carry_out(own, workers=1, threads=1)
+    assert time.monotonic() - started < 30 and not runs.processes
+    assert not own[2].folder.exists()

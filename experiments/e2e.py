@@ -35,6 +35,7 @@ LORA = "lr=2e-3/5e-3/1e-2"
 FULL = "full:lr=5e-4/1e-3/2e-3"
 TOP2 = "top2:lr=1e-3/2e-3/5e-3"
 BITFIT = "bitfit:lr=5e-3/2e-2/5e-2"
+ADAPTERS = "lr=1e-3/3e-3/1e-2"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,18 @@ GROUPS = {
     "must": Group(
         (FULL, f"lora:r=4,{LORA}", f"lora:r=16,{LORA}", f"lora:r=4,targets=all,{LORA}"), steps=5000
     ),
-    "table3": Group((FULL, TOP2, BITFIT, f"lora:r=4,{LORA}")),
+    # AdapterL in the two sizes of the paper's table 3: near LoRA's, and some 3 % of the weights.
+    "table3": Group(
+        (
+            FULL,
+            TOP2,
+            BITFIT,
+            f"adapter_l:dim=6,{ADAPTERS}",
+            f"adapter_l:dim=64,{ADAPTERS}",
+            f"adapter_h:dim=32,{ADAPTERS}",
+            f"lora:r=4,{LORA}",
+        )
+    ),  # fmt: skip
     "ranks": Group(tuple(f"lora:r={rank},{LORA}" for rank in (1, 4, 16, 64))),
     "cleaned": Group((FULL, f"lora:r=4,{LORA}"), variants=("", "cleaned")),
     "lowdata": Group(

@@ -44,9 +44,15 @@ KINDS = {
     "dora": Kind("DoRA", ("--lora_kind=dora",), LORA),
     "pissa": Kind("PiSSA", ("--lora_kind=pissa",), LORA),
     "lora_fa": Kind("LoRA-FA", ("--lora_kind=lora_fa",), LORA),
-    "full": Kind("full fine-tuning", ("--lora_dim=0",), {}),
-    "top2": Kind("FT-Top2", ("--lora_dim=0", "--train_top=2"), {}),
-    "bitfit": Kind("BitFit", ("--lora_dim=0", "--train_bias=all"), {}),
+    "adapter_l": Kind(
+        "AdapterL", ("--method=adapter_l",), {"dim": Option("adapter_dim", "6", int)}
+    ),
+    "adapter_h": Kind(
+        "AdapterH", ("--method=adapter_h",), {"dim": Option("adapter_dim", "112", int)}
+    ),
+    "full": Kind("full fine-tuning", ("--method=full",), {}),
+    "top2": Kind("FT-Top2", ("--method=top2",), {}),
+    "bitfit": Kind("BitFit", ("--method=bitfit",), {}),
 }
 
 

@@ -54,8 +54,8 @@ def tiny_flags(folder: Path, **changes: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_flags_of_a_kind_are_known_to_the_trainer(kind: str) -> None:
-    args = gpt2_ft.build_parser().parse_args(Method.parse(kind).flags)
-    assert (args.lora_dim > 0) == ("r" in KINDS[kind].options)
+    args = gpt2_ft.parse_args(Method.parse(kind).flags)
+    assert args.method == ("lora" if "r" in KINDS[kind].options else kind)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ Bottlenecks are put into the blocks of a frozen base; a subset trains parameters
 """
 
 from methods.bottleneck import BOTTLENECKS, Bottleneck, BottleneckConfig, bottleneck
+from methods.paper import TABLE_3, table_3_row
 from methods.subsets import is_added, train_added, train_only
 
 __all__ = ["BOTTLENECKS", "Bottleneck", "BottleneckConfig", "bottleneck", "is_added"]
-__all__ += ["train_added", "train_only"]
+__all__ += ["TABLE_3", "table_3_row", "train_added", "train_only"]

@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, Tiny, refusal
+from conftest import METHODS, Tiny, random_rows, refusal, write_rows
 
 import checkpoints
 import gpt2_beam
 import gpt2_ft
 from checkpoints import AdapterHeader
 from common.errors import InputError
-from methods import BottleneckConfig, is_added
+from methods import TABLE_3, BottleneckConfig, is_added
+from methods.paper import Row
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 from training import setup
+from training.flags import METHODS as ALL_METHODS
 from training.resume import State
 
 SPELLINGS = {"full": ["--lora_dim", "0"], "bitfit": ["--lora_dim", "0", "--train_bias", "all"]}
@@ -68,6 +70,40 @@ def test_flags_that_contradict_the_method_are_refused(
 ) -> None:
     assert message in refusal(tiny.argv_of(flags.split(), "run"), capsys)
     assert not (tiny.folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in TABLE_3 if row.method in ALL_METHODS],
+    ids=lambda row: f"{row.card} {row.name} {row.printed}",
+)
+def test_a_dry_run_of_a_row_of_table_3_prints_the_papers_count_and_ours(
+    row: Row, tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    sizes = {"lora": "--lora_dim", "prefix": "--prefix_length"}
+    size = [sizes.get(row.method, "--adapter_dim"), str(row.size)] if row.size else []
+    published = {"gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large"}[row.card]
+    write_rows(tiny.folder / "train.jsonl", random_rows(5))
+    argv = ["--train_data", str(tiny.folder / "train.jsonl"), "--init_checkpoint", published]
+    gpt2_ft.main([*argv, "--method", row.method, *size, "--dry_run"])
+    out = capsys.readouterr().out
+    assert f"The LoRA paper's table 3, {row.name}: {row.printed}" in out
+    assert f"; here {row.count:,}\n" in out
+    if row.name != "PreLayer":
+        assert f"{row.card}: {row.count:,} trainable parameters of" in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lora_dim 8", "--lora_targets q,k", "--train_bias all", "--lora_kind dora",
+     "--method adapter_l --adapter_dim 7", "--lora_dim 0 --train_top 2", "--method bitfit"],
+)  # fmt: skip
+def test_a_dry_run_of_another_setting_prints_no_count_of_the_paper(
+    flags: str, tiny: Tiny, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["--train_data", str(tiny.folder / "train.jsonl"), "--init_checkpoint", "none"]
+    gpt2_ft.main([*argv, "--model_card", "gpt2.md", *flags.split(), "--dry_run"])
+    assert "table 3" not in capsys.readouterr().out
 
 
 def files(folder: Path) -> dict[str, bytes]:

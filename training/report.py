@@ -9,6 +9,8 @@ from torch import nn
 import checkpoints
 import gpu
 from gpu import Runtime
+from methods import table_3_row
+from model import GPT2LMModel
 from training.run import Interval, Plan, Run, RunSettings, saved_tensors
 
 # Of flags that differ from the recipe's, those that say nothing of the training.
@@ -45,6 +47,18 @@ def print_sizes(
         f"{plan.max_step:,} in all, {plan.warmup_step:,} of them warm-up; into "
         f"{work_dir or 'the next runs/NNN'}"
     )
+
+
+def print_published(model: GPT2LMModel, method: str) -> None:
+    """Print what the LoRA paper counts for this setting, if it is a row of its table 3."""
+    config, card = model.config, checkpoints.card_of(model.state_dict())
+    size = config.bottleneck.dim if config.bottleneck else 0
+    if config.lora and config.lora.targets == ("q", "v"):
+        size = config.lora.r
+    row = table_3_row(card, method, size)
+    if row and row.count == sum(tensor.numel() for tensor in saved_tensors(model).values()):
+        note = f", {row.note}" if row.note else ""
+        print(f"The LoRA paper's table 3, {row.name}: {row.printed}{note}; here {row.count:,}")
 
 
 def trained_parameters(model: nn.Module) -> int:

@@ -31,7 +31,7 @@ from optimizer import (
 )
 from training.flags import DEFAULT_EPOCHS, FULL_KEEPS, RECIPE_LOG_INTERVAL
 from training.log import RunLog
-from training.report import print_disk, print_sizes, trained_parameters
+from training.report import print_disk, print_published, print_sizes, trained_parameters
 from training.resume import State, check_equal_ranks, check_settings, flat, restore
 from training.run import Plan, Run, RunSettings
 from training.updates import CheckedUpdates, DeferredUpdates, defers
@@ -156,6 +156,7 @@ def show_plan(args: argparse.Namespace, runtime: Runtime) -> None:
     rate_factor(optimizer_settings(args, plan))
     if runtime.rank == 0:
         print_sizes(model, runtime, plan, len(train), args.work_dir)
+        print_published(model, method_of(args))
         print_disk(model, plan, settings, bool(args.valid_data))
 
 

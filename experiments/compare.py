@@ -1,9 +1,10 @@
 """What a comparison came to: a table, a figure, and which differences chance could explain."""
 
+import hashlib
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from eval import bootstrap, coco
 from eval.evaluate import load_data
 from eval.measure import Measure
 from eval.metrics import LOWER_IS_BETTER, measure
+from experiments.methods import Method
 from experiments.runs import Run, is_done, read_result
 
 if TYPE_CHECKING:
@@ -30,32 +32,30 @@ SCORES = {
 TESTED = {"e2e": ("BLEU", "SER")}
 TESTED_ELSEWHERE = ("BLEU", "chrF++")
 SAMPLES = 1000
+SOURCE = "Source"  # the PNG's text chunk that holds the digest
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method on the same rows, which differ in their seed, and their results."""
+    """Runs that differ in nothing but their seed: their method, the variant of the data, the number
+    of training rows (0 for all), how many runs are asked for, and the results that there are."""
 
-    runs: tuple[Run, ...]
-    results: tuple[dict[str, Any], ...]
+    method: Method
+    variant: str
+    rows: int
     asked: int
+    results: tuple[dict[str, Any], ...]
 
     @property
     def title(self) -> str:
-        """The method, and the rows where they are not the usual ones."""
-        variant = self.runs[0].setup.variant
-        return self.runs[0].method.title + (f", {variant} rows" if variant else "")
+        """The method, and the variant of the data if it is not the usual one."""
+        return self.method.title + (f", {self.variant} rows" if self.variant else "")
 
     @property
-    def rows(self) -> int:
-        """The number of training rows, 0 for all."""
-        return self.runs[0].rows
-
-    @property
-    def trained(self) -> int:
+    def trained(self) -> str:
         """The number of trained parameters."""
-        return self.results[0]["trainable"]
+        return f"{self.results[0]['trainable']:,}" if self.results else ""
 
     def scores(self, name: str) -> list[float | None]:
         """A score of each seed's texts."""
@@ -71,26 +71,39 @@ def mean_sd(values: Sequence[float | None], factor: float = 1, digits: int = 2) 
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
-def groups_of(runs: Iterable[Run]) -> list[Group]:
-    """The groups of runs, in the order of their first run; one without a result is left out."""
-    by_name: dict[tuple[str, str, int], list[Run]] = {}
+Key = tuple[str, str, int]  # what the runs of a group have in common
+
+
+def key_of(run: Run) -> Key:
+    """Return what a run has in common with those of other seeds."""
+    return run.method.name, run.setup.variant, run.rows
+
+
+def by_key(runs: Iterable[Run]) -> dict[Key, list[Run]]:
+    """Return the runs by what they have in common."""
+    found: dict[Key, list[Run]] = {}
     for run in runs:
-        by_name.setdefault((run.method.name, run.setup.variant, run.rows), []).append(run)
-    groups = []
-    for own in by_name.values():
-        if done := [run for run in own if is_done(run)]:
-            groups.append(Group(tuple(done), tuple(map(read_result, done)), len(own)))
-    return groups
+        found.setdefault(key_of(run), []).append(run)
+    return found
+
+
+def group_of(runs: Sequence[Run]) -> Group:
+    """Return the group of runs that differ in their seed."""
+    _, variant, rows = key_of(runs[0])
+    results = tuple(read_result(run) for run in runs if is_done(run))
+    return Group(runs[0].method, variant, rows, len(runs), results)
 
 
 def scored(groups: Sequence[Group]) -> list[str]:
     """The scores that every run has; the coverage of values only where slots are not counted."""
-    names = [name for name in SCORES if all(None not in group.scores(name) for group in groups)]
+    results = [result["scores"] for group in groups for result in group.results]
+    names = [n for n in SCORES if results and all(own.get(n) is not None for own in results)]
     return [name for name in names if name != "coverage" or "SER" not in names]
 
 
 def table(groups: Sequence[Group]) -> str:
-    """A Markdown table of the groups: what was trained, scores, and cost."""
+    """A Markdown table of the groups: what was trained, scores, and cost. What was not run is an
+    empty cell."""
     names = scored(groups)
     has_rows = len({group.rows for group in groups}) > 1
     heads = ["method", *(["rows"] if has_rows else []), "trained", "lr"]
@@ -98,15 +111,24 @@ def table(groups: Sequence[Group]) -> str:
     heads += ["valid loss", "training, s", "peak GB", "seeds"]
     lines = []
     for group in groups:
-        results = group.results
-        seconds = [s for r in results if (s := r["seconds"]["training"]) is not None]
-        cells = [group.title, *([f"{results[0]['rows']:,}"] if has_rows else [])]
-        cells += [f"{group.trained:,}", f"{results[0]['lr']:g}"]
+        cells = [group.title, *([f"{group.rows:,}" if group.rows else "all"] if has_rows else [])]
+        cells += [group.trained, " / ".join(sorted({f"{r['lr']:g}" for r in group.results}))]
         cells += [mean_sd(group.scores(name), *SCORES[name][1:]) for name in names]
-        cells += [mean_sd([r["valid_loss"]["last"] for r in results], 1, 3), mean_sd(seconds, 1, 0)]
-        cells += [f"{max(r['peak_memory_gb'] for r in results):.2f}"]
-        lines.append([*cells, f"{len(results)} of {group.asked}"])
+        lines.append([*cells, *costs(group)])
     return grid(heads, lines)
+
+
+def costs(group: Group) -> list[str]:
+    """The last columns: validation loss, seconds of training without interruption, the peak of the
+    memory, and the number of runs."""
+    results = group.results
+    if not results:
+        return [""] * 4
+    seconds = [s for r in results if (s := r["seconds"]["training"]) is not None]
+    return [
+        mean_sd([r["valid_loss"]["last"] for r in results], 1, 3), mean_sd(seconds, 1, 0),
+        f"{max(r['peak_memory_gb'] for r in results):.2f}", f"{len(results)} of {group.asked}",
+    ]  # fmt: skip
 
 
 def pooled(measures: Sequence[Measure]) -> Measure:
@@ -115,28 +137,22 @@ def pooled(measures: Sequence[Measure]) -> Measure:
     return Measure(statistics_of_items, measures[0].of_sums)
 
 
-def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """What parts each group from the first one with as many rows, over the seeds that both have:
-    for each tested score the difference and its p-value by the paired bootstrap. Groups whose texts
+def differences(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """What parts each method from the first one with as many rows, over the seeds that both have:
+    for each tested score the difference and its p-value by the paired bootstrap. Runs whose texts
     are not here are left out."""
+    here = by_key(run for run in runs if (run.folder / "predictions.jsonl").is_file())
+    first: dict[int, list[Run]] = {}
     found = []
-    for first, others in against_first(groups):
-        for other in others:
-            by_seed = [{run.seed: run for run in group.runs} for group in (first, other)]
-            seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
-            runs = [[of_seed[seed] for seed in seeds] for of_seed in by_seed]
-            if seeds and all((run.folder / "predictions.jsonl").is_file() for run in sum(runs, [])):
-                row = {"against": first.title, "method": other.title, "rows": other.rows}
-                found.append(row | {"seeds": seeds} | difference(*runs))
+    for (_, _, rows), theirs in here.items():
+        ours = first.setdefault(rows, theirs)
+        seeds = {run.seed for run in ours} & {run.seed for run in theirs}
+        if ours is theirs or not seeds:
+            continue
+        row = {"against": group_of(ours).title, "method": group_of(theirs).title, "rows": rows}
+        pairs = [[run for run in own if run.seed in seeds] for own in (ours, theirs)]
+        found.append(row | {"seeds": sorted(seeds)} | difference(*pairs))
     return found
-
-
-def against_first(groups: Sequence[Group]) -> list[tuple[Group, list[Group]]]:
-    """The first group of each number of rows, with the others of as many."""
-    by_rows: dict[int, list[Group]] = {}
-    for group in groups:
-        by_rows.setdefault(group.rows, []).append(group)
-    return [(own[0], own[1:]) for own in by_rows.values()]
 
 
 def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
@@ -181,11 +197,12 @@ def significance_table(found: Sequence[dict[str, Any]]) -> str:
 def write_report(title: str, out: Path, runs: Sequence[Run]) -> str:
     """Write `TITLE.md`, `TITLE.png` and the differences as JSON; return the text without its
     picture, which is empty where nothing is done."""
-    groups = groups_of(runs)
-    if not groups:
+    done = [run for run in runs if is_done(run)]
+    if not done:
         return ""
+    groups = [group_of(own) for own in by_key(runs).values()]
     parts = [table(groups)]
-    if found := differences(groups):
+    if found := differences(done):
         write_json(out / "significance" / f"{title}.json", found)
         parts.append(
             f"Differences of the scores pooled over seeds, on {found[0]['items']:,} test items; p "
@@ -199,7 +216,8 @@ def write_report(title: str, out: Path, runs: Sequence[Run]) -> str:
 
 
 def draw(path: Path, groups: Sequence[Group]) -> bool:
-    """Draw the tested scores of the groups; return False where matplotlib is missing."""
+    """Draw two scores of the groups that have results; return False where matplotlib is
+    missing."""
     try:
         import matplotlib
     except ImportError:
@@ -208,21 +226,34 @@ def draw(path: Path, groups: Sequence[Group]) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    task = groups[0].runs[0].setup.task
-    names = [name for name in TESTED.get(task, TESTED_ELSEWHERE) if name in scored(groups)]
-    has_rows = len({group.rows for group in groups}) > 1
-    height = 4.2 if has_rows else 1.4 + 0.38 * len(groups)
+    known = [group for group in groups if group.results]
+    names = drawn(known)
+    has_rows = len({group.rows for group in known}) > 1
+    height = 4.2 if has_rows else 1.4 + 0.38 * len(known)
     figure, all_axes = plt.subplots(
         1, max(len(names), 1), figsize=(10, height), layout="constrained", sharey=not has_rows,
         squeeze=False,
     )  # fmt: skip
-    for axes, name in zip_longest(all_axes[0], names):
-        if name is not None:
-            (draw_by_rows if has_rows else draw_methods)(axes, groups, name)
+    for axes, name in zip(all_axes[0], names, strict=False):
+        (draw_by_rows if has_rows else draw_methods)(axes, known, name)
     with replacing(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+        metadata = {SOURCE: digest(groups)}
+        figure.savefig(file, format="png", dpi=120, metadata=metadata)
     plt.close(figure)
     return True
+
+
+def drawn(groups: Sequence[Group]) -> list[str]:
+    """The two scores that a figure shows: BLEU, and slot errors or the next best there is."""
+    best = ("BLEU", "SER", "chrF++", "coverage")
+    return sorted(set(scored(groups)).intersection(best), key=best.index)[:2]
+
+
+def digest(groups: Sequence[Group]) -> str:
+    """The digest of the numbers that the figure of these groups shows, which its file carries."""
+    known = [group for group in groups if group.results]
+    shown = [[g.title, g.rows, g.trained, [g.scores(n) for n in drawn(known)]] for g in known]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 def label_of(name: str) -> str:
@@ -238,7 +269,7 @@ def draw_methods(axes: "Axes", groups: Sequence[Group], name: str) -> None:
         color = COLORS[place % len(COLORS)]
         axes.plot(values, [place] * len(values), "o", color=color, alpha=0.5)
         axes.plot([statistics.mean(values)], [place], "|", color=color, markersize=18)
-    labels = [f"{group.title}  ·  {group.trained:,}" for group in groups]
+    labels = [f"{group.title}  ·  {group.trained}" for group in groups]
     axes.set_yticks(range(len(groups)), labels, fontsize=8)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(left=0)

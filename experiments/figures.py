@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.files import replacing
+from experiments.compare import SOURCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,6 @@ MARKERS = "osD^vPX*p"
 GAP = 0.055  # least distance of two labels, as a share of the axes' height
 DODGE = 0.012  # sideways shift between series whose bars would cover each other, as a share of x
 FEW = 6  # values of x that each get a tick
-SOURCE = "Source"  # the PNG's text chunk that holds the digest
 
 
 class Figure(NamedTuple):

@@ -292,6 +292,7 @@ def describe(run: Run, seconds: dict[str, float | None]) -> dict[str, Any]:
         "git_commit": run_json["git_commit"],
         "torch": run_json["torch"],
         "variant": run.setup.variant,
+        "subset": run.rows,
     }
     if not run.is_of_grid:
         scored = read_json(run.folder / "scores.json")

@@ -20,9 +20,11 @@ from benchmarks import tables as benchmarks
 from benchmarks.tables import grid
 from common.errors import run
 from common.files import replacing
-from experiments import chinese, figures
+from experiments import chinese, compare, figures
 from experiments.compare import mean_sd
+from experiments.e2e import GROUPS
 from experiments.figures import ALL_ROWS, NAMES, TARGETS
+from experiments.methods import parse_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,8 +119,24 @@ def budget_table(results: list[dict]) -> str:
     return grid(["part of a run", "seconds, one thread"], rows)
 
 
+def e2e_groups(name: str, results: list[dict]) -> list[compare.Group]:
+    """The rows of a group of runs of experiments/e2e.py, with the results that there are."""
+    group = GROUPS[name]
+    own = [r for r in results if r["steps"] == group.steps]
+    rows = itertools.product(group.variants, group.rows, parse_methods(list(group.methods)))
+    found = []
+    for variant, count, method in rows:
+        same = (method.name, variant, count)
+        done = [r for r in own if (r["method"], r["variant"], r.get("subset", 0)) == same]
+        chosen = tuple(r for r in done if r["seed"] <= group.seeds)
+        found.append(compare.Group(method, variant, count, group.seeds, chosen))
+    return found
+
+
 def make_tables() -> dict[str, str]:
-    """Every table by its name."""
+    """Every table by its name; `e2e_NAME` is that of a group of experiments/e2e.py."""
+    e2e = read_results(RESULTS / "e2e")
+    of_groups = {f"e2e_{name}": compare.table(e2e_groups(name, e2e)) for name in GROUPS}
     sweep, bench = read_results(RESULTS / "e2e-mini"), read_results(RESULTS / "bench")
     makers: dict[str, Callable[[list[dict]], str]] = {
         "kinds": kinds_table, "ranks": ranks_table, "data": data_table,
@@ -126,6 +144,7 @@ def make_tables() -> dict[str, str]:
     }  # fmt: skip
     return (
         {name: make(sweep) for name, make in makers.items()}
+        | of_groups
         | {name: benchmarks.table(name, bench) for name in benchmarks.HEADS}
         | {"speed": benchmarks.speed(bench)}
     )
@@ -157,6 +176,11 @@ def differing(tables: dict[str, str], results: list[dict]) -> list[str]:
         path = FIGURES / f"{name}.png"
         if figures.source_of(path) != figures.digest(name, results):
             stale.append(path)
+    e2e = read_results(RESULTS / "e2e")
+    for name in GROUPS:
+        path, groups = FIGURES / f"e2e_{name}.png", e2e_groups(name, e2e)
+        if any(g.results for g in groups) and figures.source_of(path) != compare.digest(groups):
+            stale.append(path)
     return [str(path.relative_to(ROOT)) for path in stale]
 
 
@@ -172,8 +196,11 @@ def main() -> int:
         return 1 if stale else 0
     for name in stale:
         path = ROOT / name
-        if path.suffix == ".png":
+        if path.stem in figures.FIGURES:
             figures.draw(path, results)
+        elif path.suffix == ".png":
+            own = path.stem.removeprefix("e2e_")
+            compare.draw(path, e2e_groups(own, read_results(RESULTS / "e2e")))
         else:
             text = filled(path.read_text(encoding="utf-8"), tables_of(path, tables))
             with replacing(path) as file:

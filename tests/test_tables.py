@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InputError
-from experiments import chinese, figures, plot_run, tables
+from experiments import chinese, compare, figures, plot_run, tables
 
 SWEEP = tables.read_results(ROOT / "results" / "e2e-mini")
 
@@ -64,6 +64,41 @@ def test_what_was_not_run_is_an_empty_cell() -> None:
 def test_runs_without_adapters_have_no_rank() -> None:
     full = a_run("full", rank=0)
     assert tables.runs_of([full, a_run()], tables.Setting("full", rank=0)) == [full]
+
+
+def an_e2e_run(method: str, steps: int, seed: int, **own: object) -> dict:
+    scores = {"BLEU": 0.5 + seed / 100, "SER": 0.1, "coverage": 0.9, "METEOR": None}
+    return a_run() | {
+        "method": method, "steps": steps, "seed": seed, "variant": "", "subset": 0,
+        "scores": scores, "seconds": {"training": None}, "peak_memory_gb": 1.0,
+    } | own  # fmt: skip
+
+
+def test_a_group_of_the_e2e_runs_has_its_own_results_alone() -> None:
+    runs = [an_e2e_run("full", 1000, seed) for seed in (1, 2, 3, 4)]
+    runs += [an_e2e_run("full", 5000, 1), an_e2e_run("full", 1000, 1, variant="cleaned")]
+    runs += [an_e2e_run("full", 400, seed, subset=50) for seed in (1, 2)]
+    plain, _, cleaned, _ = cells(compare.table(tables.e2e_groups("cleaned", runs)))[2:]
+    assert plain[:5] == ["full fine-tuning", "1,234", "0.1", "52.0 ± 1.0", "10.0 ± 0.0"]
+    assert plain[-1] == "3 of 3" and cleaned[3] == "51.0" and cleaned[-1] == "1 of 3"
+    head, _, small, none, *_ = cells(compare.table(tables.e2e_groups("lowdata", runs)))
+    assert head[:6] == ["method", "rows", "trained", "lr", "BLEU", "SER"]
+    assert small[1:5] == ["50", "1,234", "0.1", "51.5 ± 0.7"] and small[-1] == "2 of 5"
+    assert none[0] == "LoRA, r 4" and set("".join(none[2:])) <= {"|"}
+
+
+@pytest.mark.parametrize("name", ["cleaned", "lowdata"])
+def test_a_figure_of_the_e2e_runs_carries_the_digest_of_its_numbers(
+    name: str, tmp_path: Path
+) -> None:
+    own = {"cleaned": {"steps": 1000}, "lowdata": {"steps": 400, "subset": 50}}[name]
+    more = {"subset": 200} if name == "lowdata" else {"method": "lora-r4"}
+    runs = [an_e2e_run("full", seed=seed, **own) for seed in (1, 2)]
+    runs += [an_e2e_run(**{"method": "full", "seed": 1} | own | more)]
+    groups = tables.e2e_groups(name, runs)
+    assert compare.draw(tmp_path / "a.png", groups)
+    assert figures.source_of(tmp_path / "a.png") == compare.digest(groups)
+    assert compare.digest(tables.e2e_groups(name, runs[:2])) != compare.digest(groups)
 
 
 def test_a_page_with_an_old_number_is_named(

@@ -3,7 +3,7 @@
 nano  3.8 M parameters on generated text, into data/nano (15 to 20 minutes on one CPU core): what
       the sample and the tests start from
 mini  5.1 M parameters on Schema-Guided Dialogue, RNNLG and DART, without E2E and WebNLG, into
-      data/mini (35 minutes on one CPU core; docs/base.md): what the experiments on E2E start from
+      data/mini (90 minutes on one CPU core; docs/base.md): what the experiments on E2E start from
 
 Makes the text, trains the vocabulary on it, trains the model from random weights with the
 repository's own trainer, and stores it as fp16 under Hugging Face's names. Text and vocabulary come
@@ -58,9 +58,9 @@ BASES: dict[str, dict[str, Any]] = {
             "lr": 1.5e-3,
             "adam_beta2": 0.99,
             "scheduler": "cycle",
-            "i_steps": "0,300,3000,3706,3996,4350",
-            "i_lrs": "0,0.0015,0.0015,0.001108,0.00086,0",
-            "max_step": 4350,
+            "i_steps": "0,300,3000,3706,3996,4350,4550,7500,12000",
+            "i_lrs": "0,0.0015,0.0015,0.001108,0.00086,0,0.0015,0.0015,0",
+            "max_step": 12000,
             "valid_samples": 0,
             "keep_last": 2,
         },

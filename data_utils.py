@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.batch import Batch
+from common.batch import Batch, Spans
 from data.encoding import Row, Rows, read_rows, repeats_ngram
 from data.vocabulary import END_OF_TEXT, end_of_text_id, load_tokenizer, vocabulary_files
 
@@ -117,7 +117,7 @@ class FT_Dataset(Dataset):
         return Batch(
             input_ids=_row(item["input"][:n] for item, n in zip(items, lengths, strict=True)),
             positions=_row(np.arange(n) for n in lengths),
-            lengths=lengths,
+            spans=Spans.of(lengths),
             counted=_row(own + start for own, start in zip(places, starts, strict=True)),
             targets=_row(item["target"][own] for item, own in zip(items, places, strict=True)),
             weights=_row(weights),

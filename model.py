@@ -11,7 +11,7 @@ Every linear map is a LoRA layer: with rank 0 it is a plain frozen one. Weights 
 GPT-2's published files store them, (in, out), so nothing is transposed on loading.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Protocol, cast
 
@@ -22,7 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import loralib
-from common.batch import Batch
+from common import packed_attention
+from common.batch import Batch, Spans
 from loralib import LoraConfig
 from loss import smoothed_cross_entropy
 from methods import Bottleneck, BottleneckConfig, bottleneck
@@ -99,7 +100,8 @@ class Cache(Protocol):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; by default its fused q, k, v projection adapts q and v (LoRA, 4.2)."""
+    """Causal self-attention. Its block calls the projections: c_attn, to queries, keys and values,
+    in which q and v are adapted by default (LoRA, 4.2), and c_proj."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -107,25 +109,25 @@ class Attention(nn.Module):
         self.c_attn = fused_projection(config)
         self.c_proj = linear(config, "o", config.n_embd, config.n_embd)
 
-    def forward(
-        self,
-        x: Tensor,
-        lengths: list[int],
-        cache: Cache | None = None,
-        needed: Tensor | None = None,
-    ) -> Tensor:
-        """(N, C) to (N, C), sequence by sequence, or to (M, C) of the positions `needed`, (M,). A
+    def forward(self, fused: Tensor, spans: Spans, cache: Cache | None = None) -> Tensor:
+        """What each sequence attends to, (N, C), from its queries, keys and values, (N, 3C). A
         cache, if given, receives keys and values."""
-        fused = self.c_attn(x)
+        lengths = spans.lengths
         if cache is not None:
-            cache.add_layer(*fused.view(len(x), 3, self.n_head, -1).unbind(1)[1:])
+            cache.add_layer(*fused.view(len(fused), 3, self.n_head, -1).unbind(1)[1:])
         if len(set(lengths)) == 1:
-            mixed = self.attend(fused.view(len(lengths), -1, fused.size(-1))).flatten(0, 1)
-        elif fused.is_cuda:
-            mixed = self.attend_padded(fused, lengths)
-        else:
-            mixed = torch.cat([self.attend(part[None])[0] for part in fused.split(lengths)])
-        return self.c_proj(mixed if needed is None else mixed[needed])
+            return self.attend(fused.view(len(lengths), -1, fused.size(-1))).flatten(0, 1)
+        if packed_attention.is_possible(fused, fused.size(-1) // (3 * self.n_head)):
+            return self.attend_packed(fused, spans)
+        if fused.is_cuda:
+            return self.attend_padded(fused, lengths)
+        return torch.cat([self.attend(part[None])[0] for part in fused.split(lengths)])
+
+    def attend_packed(self, fused: Tensor, spans: Spans) -> Tensor:
+        """`attend` of sequences (N, 3C) to (N, C) by one kernel, which sees where they start."""
+        query, key, value = fused.view(len(fused), 3, self.n_head, -1).unbind(1)  # each (N, H, D)
+        longest = max(spans.lengths)
+        return packed_attention.attend(query, key, value, spans.starts, longest).flatten(1)
 
     def attend_padded(self, fused: Tensor, lengths: list[int]) -> Tensor:
         """`attend` of sequences (N, 3C) to (N, C) by one large kernel, though a part is padding."""
@@ -140,10 +142,10 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
-    def decode_step(self, x: Tensor, cache: Cache, layer: int) -> Tensor:
-        """One new token per beam, (B, K, C) to (B, K, C)."""
-        heads = self.c_attn(x).view(*x.shape[:2], 3, self.n_head, -1)
-        return self.c_proj(cache.attend(layer, *heads.unbind(2)).reshape(x.shape))
+    def decode_step(self, fused: Tensor, cache: Cache, layer: int) -> Tensor:
+        """The same for one new token per beam, (B, K, 3C) to (B, K, C)."""
+        heads = fused.view(*fused.shape[:2], 3, self.n_head, -1)
+        return cache.attend(layer, *heads.unbind(2)).flatten(2)
 
 
 class MLP(nn.Module):
@@ -159,7 +161,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the transformer, normalised before attention and before the MLP."""
+    """One layer of the transformer, normalised before attention and before the MLP. All but the
+    attention itself treats tokens alike, in the two pieces that `compile_blocks` compiles."""
+
+    compiled: tuple[Callable, Callable] | None = None  # project and finish, for training
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -176,21 +181,29 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        lengths: list[int],
+        spans: Spans,
         cache: Cache | None = None,
         needed: Tensor | None = None,
     ) -> Tensor:
         """(N, C) to (N, C), or to (M, C) of the positions `needed`, (M,) int64."""
-        mixed = self.attn(self.ln_1(x), lengths, cache, needed)
-        return self.add(x if needed is None else x[needed], mixed)
+        compiled = self.compiled if torch.is_grad_enabled() else None
+        project, finish = compiled or (Block.project, Block.finish)
+        mixed = self.attn(project(self, x), spans, cache)
+        if needed is not None:
+            x, mixed = x[needed], mixed[needed]
+        return finish(self, x, mixed)
 
     def decode_step(self, x: Tensor, cache: Cache, layer: int) -> Tensor:
         """One new token per beam, (B, K, C) to (B, K, C)."""
-        return self.add(x, self.attn.decode_step(self.ln_1(x), cache, layer))
+        return self.finish(x, self.attn.decode_step(self.project(x), cache, layer))
 
-    def add(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (..., 3C) of x (..., C)."""
+        return self.attn.c_attn(self.ln_1(x))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Add what attention gives, then what the MLP makes of the sum, to x (..., C)."""
-        x = x + self.attn_adapter(mixed)
+        x = x + self.attn_adapter(self.attn.c_proj(mixed))
         return self.block_adapter(x + self.mlp_adapter(self.mlp(self.ln_2(x))))
 
 
@@ -211,11 +224,11 @@ class GPT2Model(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        lengths: list[int],
+        spans: Spans,
         cache: Cache | None = None,
         needed: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (N, C) of sequences of the given lengths, Σ lengths = N; `input_ids` and
+        """Hidden states (N, C) of sequences that lie as `spans` says; `input_ids` and
         `positions` are (N,) int64.
 
         `needed` (M,) int64 picks those whose hidden states are returned, (M, C): the others leave
@@ -225,10 +238,18 @@ class GPT2Model(nn.Module):
         *blocks, last = self.h
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, lengths, use_reentrant=False)
+                x = checkpoint(block, x, spans, use_reentrant=False)
             else:
-                x = block(x, lengths, cache)
-        return self.ln_f(last(x, lengths, cache, needed))
+                x = block(x, spans, cache)
+        return self.ln_f(last(x, spans, cache, needed))
+
+    def compile_blocks(self) -> None:
+        """Compile what blocks do in training, once for all of them and any number of tokens. The
+        first stays as it is: its input has no gradient, so it would need code of its own."""
+        pieces = Block.project, Block.finish
+        project, finish = (torch.compile(piece, dynamic=True) for piece in pieces)
+        for block in self.h[1:]:
+            cast(Block, block).compiled = project, finish
 
     def decode_step(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Hidden states (B, K, C) of one new token per beam, `input_ids` (B, K)."""
@@ -263,6 +284,15 @@ class GPT2LMModel(nn.Module):
         wte = self.transformer.wte
         return wte.base_weight if isinstance(wte, loralib.Embedding) else wte.weight
 
+    def hold_base_in(self, dtype: torch.dtype) -> None:
+        """Round the frozen matrices of the base and the token embedding to a dtype that the model
+        is then to be run in by autocast. Positions, biases and LayerNorms stay in fp32, and so do
+        the sums that run through the blocks."""
+        layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for layer in (*layers, self.transformer.wte):
+            if not layer.weight.requires_grad:
+                layer.weight.data = layer.weight.data.to(dtype)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), by the tied embedding."""
         if self.packed_head is not None:
@@ -295,13 +325,13 @@ class GPT2LMModel(nn.Module):
             return None, self.losses(batch, label_smooth)[0]
         rows, tokens = input_ids.shape
         positions = torch.arange(tokens, device=input_ids.device).repeat(rows)
-        hidden = self.transformer(input_ids.flatten(), positions, [tokens] * rows)
+        hidden = self.transformer(input_ids.flatten(), positions, Spans.of([tokens] * rows))
         return self.head(hidden).view(rows, tokens, -1), None
 
     def losses(self, batch: Batch, label_smooth: float) -> tuple[Tensor, Tensor]:
         """Weighted means over the positions that count, of the smoothed loss and of the plain."""
         hidden = self.transformer(
-            batch.input_ids, batch.positions, batch.lengths, needed=batch.counted
+            batch.input_ids, batch.positions, batch.spans, needed=batch.counted
         )
         weight = self.head_weight
         return smoothed_cross_entropy(hidden, weight, batch.targets, batch.weights, label_smooth)
@@ -310,8 +340,9 @@ class GPT2LMModel(nn.Module):
         """Read prompts, (P,) int64 each, into a new cache: the logits (B, V) that follow them."""
         lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return self.head(self.transformer(torch.cat([*prompts]), positions, lengths, cache, ends))
+        spans = Spans.of(lengths).to(device)
+        ends = spans.starts[1:].long() - 1
+        return self.head(self.transformer(torch.cat([*prompts]), positions, spans, cache, ends))
 
     def decode_step(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Logits (B, K, V) that follow one new token per beam, `input_ids` (B, K)."""

@@ -9,8 +9,10 @@ from conftest import Tiny, finish, start
 
 import gpt2_ft
 import gpu
+from common import packed_attention
+from common.batch import Spans
 from decoding.cache import DecodeCache
-from model import GPT2Config, GPT2LMModel
+from model import Attention, GPT2Config, GPT2LMModel
 from training.setup import prepare
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +37,10 @@ def losses(nano: Tiny, work_dir: str, *flags: str) -> list[float]:
         (("--deterministic",), 1e-3),
         (("--bf16",), 5e-2),
         (("--fp16",), 5e-2),
+        (("--bf16", "--base_dtype=bf16"), 5e-2),
+        (("--fp16", "--base_dtype=fp16"), 5e-2),
+        (("--compile",), 1e-3),
+        (("--bf16", "--compile", "--gradient_checkpointing"), 5e-2),
     ],
 )
 def test_losses_on_a_gpu_are_those_of_a_cpu(
@@ -71,6 +77,26 @@ def test_no_step_waits_for_the_gpu(
     forbidding_waits()
     gpt2_ft.train_validate(run, 2)
     assert run.step + run.bad_steps == 12
+
+
+@pytest.mark.parametrize("dtype", packed_attention.HALVES)
+@pytest.mark.parametrize("lengths", [[5, 1, 70], [129, 128, 1, 3]])
+def test_packed_attention_and_its_gradients_are_those_of_padded_rows(
+    lengths: list[int], dtype: torch.dtype
+) -> None:
+    attention = Attention(GPT2Config(n_embd=256, n_head=4))
+    torch.manual_seed(0)
+    fused = torch.randn(sum(lengths), 768, device="cuda", dtype=dtype, requires_grad=True)
+    if not packed_attention.is_possible(fused, 64):
+        pytest.skip("torch has no packed attention for this GPU")
+    mixed = (
+        attention.attend_packed(fused, Spans.of(lengths).to(fused.device)),
+        attention.attend_padded(fused, lengths),
+    )
+    weights = torch.randn_like(mixed[0])
+    grads = [torch.autograd.grad((m * weights).sum(), fused)[0] for m in mixed]
+    for packed, padded in (mixed, grads):
+        torch.testing.assert_close(packed, padded, atol=2e-2, rtol=2e-2)
 
 
 def test_a_run_on_a_gpu_resumes_with_its_dropout(nano: Tiny) -> None:

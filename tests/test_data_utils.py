@@ -206,7 +206,7 @@ def test_a_batch_is_its_rows_one_after_the_other_up_to_what_counts(
     whole = [rows[i]["context"] + rows[i]["completion"] for i in (4, 0, 8)]
     ends = [rows[i]["completion"] for i in (4, 0, 8)] if not joint else [row[1:] for row in whole]
     assert batch.input_ids.tolist() == [token for row in whole for token in row[:-1]]
-    assert batch.lengths == [len(row) - 1 for row in whole]
+    assert batch.spans.lengths == [len(row) - 1 for row in whole]
     assert batch.positions.tolist() == [i for row in whole for i in range(len(row) - 1)]
     assert batch.targets.tolist() == [token for end in ends for token in end]
     before = [row[-len(end) - 1 : -1] for row, end in zip(whole, ends, strict=True)]

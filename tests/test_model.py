@@ -298,7 +298,7 @@ def small_batch(seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], Batch]:
 
 def test_a_batch_and_the_padded_rows_it_stands_for_have_one_loss_and_one_gradient() -> None:
     padded, batch = small_batch()
-    assert batch.lengths == [5, 9, 1] and batch.count == 5
+    assert batch.spans.lengths == [5, 9, 1] and batch.count == 5
     assert batch.counted.tolist() == [2, 3, 4, 13, 14]
     torch.manual_seed(0)
     gpt = tiny_model(lora_attn_dim=2)

@@ -182,6 +182,17 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="Computes activations twice, which takes less memory and more time.",
     )
     add(
+        "--compile",
+        action="store_true",
+        help="Compiles the blocks (torch.compile), for runs long enough (docs/performance.md).",
+    )
+    add(
+        "--base_dtype",
+        choices=("bf16", "fp16"),
+        help="Holds the frozen base in the half that --bf16 or --fp16 computes in, which takes "
+        "less memory.",
+    )
+    add(
         "--max_bad_steps",
         type=int,
         default=25,

@@ -1,7 +1,10 @@
 """From flags to a run that is ready to train: data, model, optimizer, steps, header."""
 
 import argparse
+import importlib.util
 import math
+import os
+import shutil
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -104,7 +107,11 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
     if state is not None and not args.resume_anyway:
         check_settings(state, header)
     model.transformer.gradient_checkpointing = args.gradient_checkpointing
+    if args.base_dtype:
+        model.hold_base_in(gpu.AUTOCAST[args.base_dtype])
     model.to(runtime.device).train()
+    if args.compile:
+        model.transformer.compile_blocks()
     for_optimizer = optimizer_settings(args, plan)
     deferred = defers(runtime, args.optimizer)
     optimizer = create_adam_optimizer_from_args(model, for_optimizer, deferred)
@@ -164,13 +171,45 @@ def check_early(args: argparse.Namespace, runtime: Runtime) -> None:
     """Refuse what can be refused before any file is read.
 
     Raises:
-        InputError: there is no such optimizer or schedule here, or an adapter's settings are wrong.
+        InputError: there is no such optimizer, schedule or compiler here, or an adapter's settings
+            or the dtype of the base are wrong.
     """
     endless = Plan(1, 1, 1, args.max_step or sys.maxsize, None, args.warmup_step or 0)
     settings = optimizer_settings(args, endless)
     optimizer_class(settings, runtime.device.type == "cuda")
     rate_factor(settings)
     adapter_settings(args)
+    if args.compile:
+        check_compiler(runtime.device)
+    if args.base_dtype:
+        check_base_dtype(args, runtime)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where what torch.compile needs is not there."""
+    if device.type == "mps":
+        raise InputError("--compile is for CPUs and CUDA devices; leave it out")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise InputError("--compile needs triton, which is not installed; leave it out")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(
+            f"--compile needs a C++ compiler, and there is no {compiler}; leave it out"
+        )
+
+
+def check_base_dtype(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Refuse to round a base that is trained, or that is computed with in another precision."""
+    if args.method not in ("lora", *BOTTLENECKS):
+        raise InputError(
+            f"--base_dtype {args.base_dtype} is for a frozen base, and --method {args.method} "
+            "trains weights of the base; leave one of the two out"
+        )
+    if runtime.precision != args.base_dtype:
+        raise InputError(
+            f"--base_dtype {args.base_dtype} goes with --{args.base_dtype}, and this run computes "
+            f"in {runtime.precision}; give both or neither"
+        )
 
 
 def run_settings(args: argparse.Namespace, plan: Plan, work_dir: Path) -> RunSettings:
@@ -357,7 +396,7 @@ def describe_adapter(
     read from.
     """
     resolved = vars(args) | asdict(plan)
-    columns = {"fields": args.fields} if args.fields else {}
+    given = {name: value for name in ("fields", "base_dtype") if (value := resolved[name])}
     return AdapterHeader(
         lora=model.config.lora,
         base=Base(Path(args.init_checkpoint).name, fingerprint),
@@ -366,6 +405,6 @@ def describe_adapter(
         vocabulary=tokenizer and Vocabulary.of(tokenizer),
         seed=args.random_seed,
         train_data=train_data,
-        settings={name: resolved[name] for name in RESULT_SETTINGS} | columns,
+        settings={name: resolved[name] for name in RESULT_SETTINGS} | given,
         bottleneck=model.config.bottleneck,
     )

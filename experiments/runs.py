@@ -141,7 +141,9 @@ def _check_settings(run: Run, path: Path, found: dict[str, Any]) -> None:
     if other:
         place = path.parent if path.name == "settings.json" else path
         changes = ", ".join(f"{n} {_short(found.get(n))}, now {_short(ours.get(n))}" for n in other)
-        raise InputError(f"{place} is of other settings ({changes}); remove it or name another out")
+        raise InputError(
+            f"{place} is of other settings ({changes}); remove it, or give another --out"
+        )
 
 
 def _short(value: object) -> str:

@@ -12,7 +12,6 @@ and resumes what was stopped. At the end stand a table and a figure in --out/com
 """
 
 import argparse
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,12 @@ from experiments.methods import KINDS, Method, parse_methods
 from experiments.runs import GRID_SEED, Run, Setup, is_done, read_result
 from experiments.slurm import submit
 
-FILES = ("train_data", "valid_data", "test_data", "init_checkpoint")
+FILES = {
+    "train_data": "rows to train on; with none of these four, the shipped sample and base",
+    "valid_data": "rows whose loss chooses the learning rate",
+    "test_data": "rows that are decoded and scored",
+    "init_checkpoint": "base: file, folder or gpt2[-medium ...]",
+}
 RATES = (2e-4, 1e-3, 5e-3)
 
 
@@ -90,25 +94,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--methods", nargs="+", default=["lora:r=4", "full"], metavar="KIND[:NAME=VALUE,...]",
         help=f"of {', '.join(KINDS)}; the first is what the others are compared with "
-        "(default: lora:r=4 full)")  # fmt: skip
-    for name in FILES:
-        add(f"--{name}", help="default: the shipped sample and base, with none of the four")
+        "(default: lora:r=4 full); docs/sweep.md has their settings")  # fmt: skip
+    for name, text in FILES.items():
+        add(f"--{name}", help=text)
     add("--vocab", help="folder of the vocabulary, which text rows need")
     add_fields_flag(add)
-    add(
-        "--task",
-        choices=METRICS,
-        default="own",
-        help="whose scores (default: own; e2e for the sample)",
-    )
-    add("--lr", nargs="+", type=float, default=RATES, help="learning rates to choose from")
+    add("--task", choices=METRICS, default="own",
+        help="whose scores (default: own; e2e for the sample)")  # fmt: skip
+    add("--lr", nargs="+", type=float, default=RATES,
+        help="learning rates to choose from (default: 2e-4 1e-3 5e-3)")  # fmt: skip
     add("--grid_steps", type=int, default=200, help="steps of the runs that choose (default: 200)")
     add("--max_step", type=int, default=1000, help="steps of a run (default: 1000)")
     add("--seeds", type=int, default=3, help="runs of each method (default: 3)")
     add("--rows", type=int, nargs="+", default=[0],
         help="training rows, at random by seed; 0 is all (default: 0)")  # fmt: skip
     add("--train_flags", default="", metavar="FLAGS",
-        help='further flags of gpt2_ft.py for every run: "--label_smooth 0 --bf16"')  # fmt: skip
+        help='="--label_smooth 0 --bf16" gives these to every training')  # fmt: skip
     add("--train_batch_size", type=int, default=8, help="default: 8")
     add("--seq_len", type=int, default=512, help="default: 512, or the sample's")
     add("--beam", type=int, default=10, help="default: 10")
@@ -126,7 +127,7 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="of each run (default: 1)")
     add("--launcher", choices=("local", "slurm"), default="local",
         help="slurm: a task of a job array for each run; the same command collects")  # fmt: skip
-    add("--sbatch", default="", metavar="FLAGS", help='flags for sbatch: "--gpus=1 --time=2:00:00"')
+    add("--sbatch", default="", metavar="FLAGS", help='="--gpus=1" gives this to sbatch')
     add("--dry_run", action="store_true", help="list what is done and what is not, and end")
 
 
@@ -147,37 +148,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("grid_steps", "max_step", "seeds", "train_batch_size", "workers", "threads"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    if min(args.rows) < 0:
+        raise InputError(f"--rows {min(args.rows)} must be at least 0, which is all")
     if wrong := [lr for lr in args.lr if not 0 < lr < math.inf]:
         raise InputError(f"--lr {wrong[0]:g} must be above 0 and finite")
     return args
 
 
 def make_setup(args: argparse.Namespace, **own: Any) -> Setup:
-    """Return what the runs share, the base and the data read and hashed once.
+    """Return what the runs share. All files are read once, so that what is wrong with one is said
+    before anything is trained.
 
     Raises:
         InputError: a file cannot be read, or has fewer rows than are asked for.
     """
-    names = ("train_data", "valid_data", "test_data")
-    train = DataFile(args.train_data, args.fields)
-    rows = sum(1 for _ in train)
+    train, rows = read_through(args.train_data, args.fields)
     if rows < max(args.rows):
         raise InputError(f"--rows {max(args.rows)} is more than the {rows} of {args.train_data}")
-    _, valid, test = (sha256_of(getattr(args, name)) for name in names)
+    valid, _ = read_through(args.valid_data, args.fields)
+    test, _ = read_through(args.test_data, args.fields)
+    base = checkpoints.read_base(args.init_checkpoint).fingerprint
     same = ("out", *FILES, "vocab", "task", "fields", "train_batch_size", "seq_len", "beam",
             "length_penalty", "eval_len", "choose", "train_flags")  # fmt: skip
-    base = checkpoints.read_base(args.init_checkpoint).fingerprint
     given = {name: getattr(args, name) for name in same}
-    return Setup(**given, base=base, train=train.sha256, valid=valid, test=test, rows=rows, **own)
+    return Setup(**given, base=base, train=train, valid=valid, test=test, rows=rows, **own)
 
 
-def sha256_of(path: str) -> str:
-    """Return the sha256 of a file's bytes."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+def read_through(path: str, fields: str | None) -> tuple[str, int]:
+    """Return the sha256 of a data file and the number of its rows."""
+    data = DataFile(path, fields)
+    rows = sum(1 for _ in data)
+    return data.sha256, rows
 
 
 def carry_out_all(comparisons: Sequence[Comparison], args: argparse.Namespace, title: str) -> int:
@@ -234,8 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 1 where a run failed."""
     args = parse_args(None if argv is None else [*argv])
     comparison = Comparison(
-        make_setup(args), tuple(parse_methods(args.methods)), tuple(args.lr), args.max_step,
-        args.grid_steps, tuple(range(1, args.seeds + 1)), tuple(args.rows),
+        make_setup(args), tuple(parse_methods(args.methods)), tuple(dict.fromkeys(args.lr)),
+        args.max_step, args.grid_steps, tuple(range(1, args.seeds + 1)),
+        tuple(dict.fromkeys(args.rows)),
     )  # fmt: skip
     return carry_out_all([comparison], args, "comparison")
 

@@ -42,9 +42,12 @@ METHODS = {
     "DoRA": ["--lora_kind", "dora"],
     "PiSSA": ["--lora_kind", "pissa"],
     "LoRA-FA": ["--lora_kind", "lora_fa"],
-    "full": ["--lora_dim", "0", "--keep_last", "2"],
+    "AdapterL": ["--method", "adapter_l"],
+    "AdapterH": ["--method", "adapter_h", "--adapter_dim", "8"],
+    "full": ["--method", "full", "--keep_last", "2"],
     "top": ["--lora_dim", "0", "--train_top", "1", "--keep_last", "1"],
-    "bias": ["--lora_dim", "0", "--train_bias", "all"],
+    "top2": ["--method", "top2", "--keep_last", "1"],
+    "bias": ["--method", "bitfit"],
 }
 
 

@@ -5,17 +5,24 @@
 #   bash scripts/e2e.sh                the run; again with RESUME=1 it continues
 #   SEEDS="110 111 112" bash scripts/e2e.sh    one run per seed, in WORK_DIR/seed-N; mean +- sd
 #
+#   METHOD=lora            or adapter_l, adapter_h, prefix, full, top2, bitfit: see methods.sh
 #   MODEL=gpt2.md          card; gpt2.sm, md, lg, xl are downloaded, gpt2.nano and mini shipped
 #   INIT_CHECKPOINT=FILE   base weights of your own; VOCAB=FOLDER their vocabulary
 #   NPROC=1                processes on this machine; the global batch grows with it
-#   SEED=110  PRECISION=fp32|bf16|fp16  WORK_DIR=runs/TASK  RESUME=1
+#   SEED=110  PRECISION=fp32|bf16|fp16  WORK_DIR=runs/TASK or runs/TASK-METHOD  RESUME=1
 #   DATA_DIR=FOLDER        raw data and vocabulary; what it lacks is downloaded
-#   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP= LR=  smaller than the real thing
+#   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP= LR= SEQ_LEN=  smaller than real
 
 source scripts/venv.sh requirements.txt
+source scripts/methods.sh
+method=${METHOD:-lora}
+warmup=500
+decoding=(--no_repeat_ngram_size 4)
 threads=$(($(cores) / ${NPROC:-1}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 work_dir=${WORK_DIR:-runs/$task}
+[ -n "${WORK_DIR:-}" ] || [ "$method" = lora ] || work_dir=$work_dir-$method
+final_dir=$work_dir
 launch=(python)
 [ "${NPROC:-1}" -le 1 ] || launch=(torchrun --standalone --nproc_per_node "$NPROC")
 
@@ -61,16 +68,17 @@ fine_tune() { # FOLDER SEED [FLAG]...
   [ "${PRECISION:-fp32}" = fp32 ] || flags+=("--$PRECISION")
   [ -z "${MAX_STEP:-}" ] || flags+=(--max_step "$MAX_STEP")
   [ -z "${LR:-}" ] || flags+=(--lr "$LR")
+  [ -z "${SEQ_LEN:-}" ] || flags+=(--seq_len "$SEQ_LEN")
   [ -z "${RESUME:-}" ] || flags+=(--resume auto)
   "${launch[@]}" gpt2_ft.py --train_data "$work_dir/train.jsonl" --valid_data "$work_dir/valid.jsonl" \
     --model_card "$card" --init_checkpoint "$base" --vocab "$vocab" --random_seed "$seed" \
-    --work_dir "$folder" --warmup_step "${WARMUP_STEP:-500}" "${flags[@]}"
+    --work_dir "$folder" --warmup_step "${WARMUP_STEP:-$warmup}" "${flags[@]}"
 }
 
 decode() { # FOLDER LENGTH_PENALTY; the last adapter, as the original decodes
   "${launch[@]}" gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$1/train:last" \
     --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$2" \
-    --no_repeat_ngram_size 4 --output_file "$1/beam.$2.jsonl"
+    "${decoding[@]}" --output_file "$1/beam.$2.jsonl"
 }
 
 score() { # FOLDER LENGTH_PENALTY NAME [FLAG]...
@@ -101,7 +109,7 @@ run_seed() { # SEED FOLDER
   say "Result"
   python -m eval.summary --json "$folder/result.json" --run "$folder/train" \
     --seconds "train=$((trained - started))" "decode_and_score=$((SECONDS - trained))" \
-    --published "${published[@]}" -- "${results[@]}"
+    --published ${published[@]+"${published[@]}"} -- "${results[@]}"
 }
 
 run_pipeline() { # [--dry_run]
@@ -113,6 +121,7 @@ run_pipeline() { # [--dry_run]
     work_dir=$(mktemp -d)
     trap 'rm -rf "$work_dir"' EXIT
   fi
+  choose_method
   say "Data"
   bash scripts/create_datasets.sh "$task"
   choose_base
@@ -120,7 +129,7 @@ run_pipeline() { # [--dry_run]
   take valid valid "${VALID_ROWS:-}"
   take test test "${TEST_ROWS:-}"
   if [ -n "$dry_run" ]; then
-    fine_tune "${WORK_DIR:-runs/$task}/train" "${SEED:-110}" --dry_run
+    fine_tune "$final_dir/train" "${SEED:-110}" --dry_run
     return
   fi
   if [ -z "${SEEDS:-}" ]; then
@@ -132,6 +141,6 @@ run_pipeline() { # [--dry_run]
     results+=("$work_dir/seed-$seed/result.json")
   done
   say "Mean and standard deviation of seeds $SEEDS"
-  python -m eval.summary --json "$work_dir/result.json" --mean --published "${published[@]}" -- \
-    "${results[@]}"
+  python -m eval.summary --json "$work_dir/result.json" --mean \
+    --published ${published[@]+"${published[@]}"} -- "${results[@]}"
 }

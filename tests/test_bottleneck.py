@@ -1,4 +1,4 @@
-"""AdapterL and AdapterH against loops, and against transformers' GPT-2 with hooks."""
+"""AdapterL and AdapterH against loops, and every method against transformers' GPT-2."""
 
 import copy
 import math
@@ -19,7 +19,8 @@ import loralib as lora
 from checkpoints.card import Origin, model_card
 from decoding import SearchSettings, beam_search
 from decoding.packed import pack
-from methods import Bottleneck, BottleneckConfig, is_added, train_added
+from experiments import measure_methods
+from methods import Bottleneck, BottleneckConfig, is_added
 from model import GPT2Config, GPT2LMModel
 
 KINDS = ("adapter_l", "adapter_h")
@@ -75,120 +76,34 @@ def test_a_bottleneck_computes_what_loops_over_its_formula_do(
     torch.autograd.gradcheck(module, x.requires_grad_(), atol=1e-4)
 
 
-class Reference(nn.Module):
-    """A bottleneck of separate matrices, for the hooks."""
-
-    def __init__(self, own: nn.Module) -> None:
-        super().__init__()
-        self.tensors = nn.ParameterDict(
-            {name.replace(".", "_"): t.detach().clone() for name, t in own.named_parameters()}
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        t, inner = self.tensors, x
-        if "ln_weight" in t:
-            centred = x - x.mean(-1, keepdim=True)
-            normal = centred / (centred.square().mean(-1, keepdim=True) + EPSILON).sqrt()
-            inner = normal * t["ln_weight"] + t["ln_bias"]
-        down = inner @ t["down_weight"].T + t["down_bias"]
-        tanh = torch.tanh(math.sqrt(2 / math.pi) * (down + 0.044715 * down**3))
-        bent = down.clamp(min=0) if "ln_weight" in t else 0.5 * down * (1 + tanh)
-        return x + bent @ t["up_weight"].T + t["up_bias"]
+def of_method(method: str) -> GPT2Config:
+    settings = {"bottleneck": BottleneckConfig(3, method)} if method in KINDS else {}
+    return GPT2Config(**SHAPE, **settings)
 
 
-def hook(reference: Reference):
-    def add(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        if isinstance(output, tuple):
-            return reference(output[0]), *output[1:]
-        return reference(output)
-
-    return add
-
-
-def ours_and_theirs(kind: str) -> tuple[GPT2LMModel, nn.Module, dict[str, Tensor]]:
-    """Our model with bottlenecks, transformers' with hooks that add the same, and the parameters of
-    these by our names."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        **SHAPE, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
-    ours = GPT2LMModel(GPT2Config(**SHAPE, bottleneck=BottleneckConfig(3, kind)))
-    base = random_base(TINY_CARD)
-    checkpoints.load_weights(ours, base)
-    missing = theirs.load_state_dict(base, strict=False)
-    assert missing.missing_keys in ([], ["lm_head.weight"]) and not missing.unexpected_keys
-    randomize(ours)
-    train_added(ours)
-    parameters = {}
-    for i, block in enumerate(theirs.transformer.h):
-        places = {"attn": block.attn, "mlp": block.mlp, "block": block}
-        for place, module in places.items():
-            name = f"transformer.h.{i}.{place}_adapter"
-            own = ours.get_submodule(name)
-            if isinstance(own, Bottleneck):
-                reference = Reference(own)
-                module.register_forward_hook(hook(reference))
-                for key, tensor in reference.tensors.items():
-                    parameters[f"{name}.{key.replace('_', '.')}"] = tensor
-    assert parameters.keys() == {n for n, p in ours.named_parameters() if p.requires_grad}
-    return ours.eval(), theirs, parameters
-
-
-def batch(seed: int, rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded ids (B, T), the tokens that follow them, and a mask over these."""
     draw = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 14, (rows,), generator=draw).tolist()
+    lengths = torch.randint(3, 14, (4,), generator=draw).tolist()
     texts = [torch.randint(64, (n + 1,), generator=draw) for n in lengths]
-    ids = pad_sequence([text[:-1] for text in texts], batch_first=True)
-    labels = pad_sequence([text[1:] for text in texts], batch_first=True)
-    mask = pad_sequence([torch.arange(n) >= n // 2 for n in lengths], batch_first=True).float()
-    return ids, labels, mask
+    masks = [torch.arange(n) >= n // 2 for n in lengths]
+    rows = [text[:-1] for text in texts], [text[1:] for text in texts], masks
+    ids, labels, mask = (pad_sequence(own, batch_first=True) for own in rows)
+    return ids, labels, mask.float()
 
 
-def their_loss(theirs: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    logits = theirs(ids).logits  # padding is on the right, so no position sees it
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-    return (losses * mask).sum() / mask.sum()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_those_of_transformers_with_hooks(kind: str) -> None:
-    ours, theirs, parameters = ours_and_theirs(kind)
-    ids, labels, mask = batch(0)
-    with torch.no_grad():
-        difference = (ours(ids)[0] - theirs(ids).logits)[mask > 0]
-        assert difference.abs().max() < 1e-5
-    ours(ids, labels, mask)[1].backward()
-    their_loss(theirs, ids, labels, mask).backward()
-    own = dict(ours.named_parameters())
-    for name, tensor in parameters.items():
-        assert (own[name].grad - tensor.grad).abs().max() < 1e-5, name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_losses_of_20_steps_are_those_of_transformers_with_hooks(kind: str) -> None:
-    ours, theirs, parameters = ours_and_theirs(kind)
-    own = [p for p in ours.parameters() if p.requires_grad]
-    optimizers = [torch.optim.AdamW(ps, lr=1e-2) for ps in (own, list(parameters.values()))]
-    ours.train()
-    losses = []
-    for step in range(20):
-        ids, labels, mask = batch(step % 5)
-        pair = ours(ids, labels, mask)[1], their_loss(theirs, ids, labels, mask)
-        for loss, optimizer in zip(pair, optimizers, strict=True):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        losses.append([loss.item() for loss in pair])
-    assert max(abs(a - b) for a, b in losses) < 1e-5
-    assert losses[15][0] < losses[0][0] - 0.1  # of one batch
+@pytest.mark.parametrize("method", measure_methods.METHODS)
+def test_logits_gradients_and_losses_of_20_steps_are_those_of_transformers(method: str) -> None:
+    batches = [random_batch(step % 5) for step in range(20)]
+    found = measure_methods.differences(method, random_base(TINY_CARD), of_method(method), batches)
+    assert max(found.values()) < 1e-5, found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beam", [1, 4])
 def test_beam_search_gives_what_transformers_generates_with_hooks(kind: str, beam: int) -> None:
-    ours, theirs, _ = ours_and_theirs(kind)
+    ours, theirs, _ = measure_methods.pair(kind, random_base(TINY_CARD), of_method(kind))
+    ours.eval()
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(64, (n,), generator=draw) for n in (1, 3, 8, 5, 13, 2)]
     chosen = SearchSettings(search="hf", beam=beam, eval_len=12, end_ids=(0,), length_penalty=0.8,

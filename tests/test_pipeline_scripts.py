@@ -130,10 +130,47 @@ def test_the_paper_runs_have_its_steps_and_parameters(
     settings = {"DATA_DIR": str(shared / "data"), "VALID_ROWS": "8"}
     done = run_script(checkout, f"scripts/{task}.sh", "--dry_run", **settings)
     assert (done.returncode, done.stderr) == (0, "")
-    sizes, disk = done.stdout.splitlines()[-2:]
+    sizes, published, disk = done.stdout.splitlines()[-3:]
+    assert published.endswith("LoRA: 0.35 M, 0.1 % of the model and no count; here 393,216")
     assert "gpt2.md: 393,216 trainable parameters" in sizes and f"{steps} in all" in sizes
     assert disk.startswith("Disk: up to ")
     assert not (checkout / "runs").exists()
+
+
+RECIPES = {  # trained numbers, rows of a step and epochs on gpt2.md, of Li and Liang's table 5
+    "e2e adapter_l": (368_784, 5, 10), "e2e adapter_l 224": (11_089_152, 5, 5),
+    "e2e adapter_h": (11_064_576, 5, 5), "e2e full": (354_823_168, 10, 5),
+    "e2e top2": (25_194_496, 10, 5), "e2e bitfit": (271_360, 8, 5),
+    "webnlg adapter_l": (368_784, 5, 10), "webnlg full": (354_823_168, 6, 10),
+    "webnlg top2": (25_194_496, 9, 10), "webnlg adapter_l 224": (11_089_152, 5, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_method_has_its_published_recipe(name: str, checkout: Path) -> None:
+    task, method, *dim = name.split()
+    trained, batch, epochs = RECIPES[name]
+    write_vocabulary(checkout)
+    if task == "e2e":
+        write_raw(checkout, "e2e", dict.fromkeys(("train.txt", "valid.txt", "test.txt"), E2E_LINE))
+    else:
+        text = json.dumps({"entries": [webnlg_entry(1, "Airport", 3)]})
+        write_raw(checkout, "webnlg", dict.fromkeys(("train.json", "dev.json", "test.json"), text))
+    settings = {"METHOD": method, "INIT_CHECKPOINT": "none"} | (
+        {"ADAPTER_DIM": dim[0]} if dim else {}
+    )
+    done = run_script(checkout, f"scripts/{task}.sh", "--dry_run", **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    # The vocabulary is the nano base's, of 2,048 entries.
+    trained -= (50_257 - 2_048) * 1024 if method == "full" else 0
+    assert f"gpt2.md: {trained:,} trainable parameters" in done.stdout
+    assert f"rows in steps of {batch}, 1 steps an epoch, {epochs} in all, 0 of them" in done.stdout
+    assert f"into runs/{task}-{method}/train" in done.stdout
+
+
+def test_an_unknown_method_is_refused(checkout: Path) -> None:
+    done = run_script(checkout, "scripts/dart.sh", "--dry_run", METHOD="loraa")
+    assert done.returncode == 2 and "METHOD=loraa is none of lora, adapter_l" in done.stderr
 
 
 def test_a_dry_run_obeys_what_is_set_from_outside(checkout: Path) -> None:

@@ -36,8 +36,13 @@ RUNS = {
     "full": "--lora_dim 0",
     "top": "--lora_dim 0 --train_top 1 --optimizer torch --lr 0.0005",
     "bias": "--lora_dim 0 --train_bias all --scheduler cosine",
+    "adapter_l": "--method adapter_l --clip 0.5",
+    "adapter_h": "--method adapter_h --adapter_dim 8 --optimizer torch --lr 0.0005 --grad_acc 2",
+    "top2": "--method top2 --no_decay_bias",
 }
-WITH_DROPOUT = [kind for kind, flags in RUNS.items() if "--lora_dim 0" not in flags]
+WITH_DROPOUT = [
+    kind for kind, flags in RUNS.items() if not re.search("--lora_dim 0|--method", flags)
+]
 
 # Adapters with the first form of the header, and the texts that they decode to. They stay as they
 # are, whatever later code writes. Made with --max_step 30 --warmup_step 3 --lr 0.01 and

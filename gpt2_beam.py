@@ -157,6 +157,11 @@ class Adapter:
     header: AdapterHeader | None
     tensors: Mapping[str, Tensor]
 
+    @property
+    def virtual_tokens(self) -> int:
+        """The length of its prefix, which takes positions from the texts."""
+        return self.header.virtual_tokens if self.header else 0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -192,8 +197,12 @@ def read_job(args: argparse.Namespace, runtime: Runtime, sources: Sources) -> Jo
         warn_of_ends(rows, settings)
         if args.no_repeat_ngram_size is None and settings.no_repeat_ngram_size:
             warn_of_repeats(rows)
-    contexts = cut_contexts(args, runtime, rows, base.n_positions, settings.eval_len)
     tasks = tasks_of_rows(rows, adapters)
+    windows = {
+        task: choose_window(args, base.n_positions, adapter.virtual_tokens)
+        for task, adapter in adapters.items()
+    }
+    contexts = cut_contexts(runtime, rows, [windows[task] for task in tasks], settings.eval_len)
     return Job(tokenizer, base, adapters, settings, rows, tasks, contexts)
 
 
@@ -249,30 +258,28 @@ def warn_of_repeats(rows: Rows) -> None:
         )
 
 
-def choose_window(args: argparse.Namespace, n_positions: int) -> int:
-    """Return how many tokens there may be of a context and its text."""
-    if (args.seq_len or 0) > n_positions:
-        raise InputError(f"--seq_len {args.seq_len} is above the model's {n_positions}")
-    return args.seq_len or n_positions
+def choose_window(args: argparse.Namespace, n_positions: int, virtual_tokens: int = 0) -> int:
+    """Return how many tokens there may be of a context and its text, after a prefix."""
+    checkpoints.check_window(args.seq_len or 0, n_positions, virtual_tokens)
+    return args.seq_len or n_positions - virtual_tokens
 
 
 def cut_contexts(
-    args: argparse.Namespace, runtime: Runtime, rows: Rows, n_positions: int, eval_len: int
+    runtime: Runtime, rows: Rows, windows: Sequence[int], eval_len: int
 ) -> list[Context]:
-    """Return each row's context; those too long for the window lose their head, and are counted."""
-    window = choose_window(args, n_positions)
-    room = window - eval_len
-    if room < 1:
+    """Return each row's context; those too long for its window lose their head, and are counted."""
+    if (window := min(windows)) <= eval_len:
         raise InputError(
             f"--eval_len {eval_len} leaves no room for a context in --seq_len {window}"
         )
-    cut = int((rows.lengths[:, 0] > room).sum())
+    rooms = np.array(windows) - eval_len
+    cut = int((rows.lengths[:, 0] > rooms).sum())
     if cut and runtime.rank == 0:
         print(
             f"{cut} of {len(rows)} contexts are longer than --seq_len {window} less --eval_len "
-            f"{eval_len}; only their last {room} tokens count"
+            f"{eval_len}; only their last {window - eval_len} tokens count"
         )
-    return [tuple(row.context[-room:].tolist()) for row in rows]
+    return [tuple(row.context[-room:].tolist()) for row, room in zip(rows, rooms, strict=True)]
 
 
 def load_model(args: argparse.Namespace, runtime: Runtime, job: Job, task: Task) -> GPT2LMModel:

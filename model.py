@@ -26,7 +26,8 @@ from common import packed_attention
 from common.batch import Batch, Spans
 from loralib import LoraConfig
 from loss import smoothed_cross_entropy
-from methods import Bottleneck, BottleneckConfig, bottleneck
+from methods import Bottleneck, BottleneckConfig, Prefix, PrefixConfig, bottleneck
+from methods.prefix import drop_first, prepend
 
 
 @dataclass
@@ -53,14 +54,16 @@ class GPT2Config:
     lora_dropout: InitVar[float] = 0.0
     lora: LoraConfig | None = None
     bottleneck: BottleneckConfig | None = None
+    prefix: PrefixConfig | None = None
 
     def __post_init__(self, rank: int, alpha: float, dropout: float) -> None:
         if rank and self.lora is not None:
             raise ValueError(f"give lora or lora_attn_dim, not both: {self.lora} and {rank}")
         if rank:
             self.lora = LoraConfig(rank, alpha, dropout)
-        if self.lora is not None and self.bottleneck is not None:
-            raise ValueError(f"give one adapter, not both {self.lora} and {self.bottleneck}")
+        given = [own for own in (self.lora, self.bottleneck, self.prefix) if own is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one adapter, not both {given[0]} and {given[1]}")
         if unknown := [target for target in self.targets if target not in LORA_TARGETS]:
             raise ValueError(f"target {unknown[0]} is not one of {', '.join(LORA_TARGETS)}")
         if "c_attn" in self.targets and set("qkv") & set(self.targets):
@@ -69,6 +72,14 @@ class GPT2Config:
             raise ValueError(f"{self.lora.kind} is for linear layers, target wte is an embedding")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.prefix is not None and self.window < 1:
+            length, positions = self.prefix.length, self.n_positions
+            raise ValueError(f"a prefix of {length} leaves no room in {positions} positions")
+
+    @property
+    def window(self) -> int:
+        """The most tokens that a text can have: each takes a position, and so does a prefix's."""
+        return self.n_positions - (self.prefix.length if self.prefix else 0)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -94,6 +105,7 @@ class Cache(Protocol):
 
     positions: Tensor  # of each context's next token, (B,) int64
 
+    def add_prefix(self, length: int) -> None: ...
     def add_layer(self, key: Tensor, value: Tensor) -> None: ...
     def add_slots(self, beams: int) -> None: ...
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
@@ -184,11 +196,19 @@ class Block(nn.Module):
         spans: Spans,
         cache: Cache | None = None,
         needed: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        """(N, C) to (N, C), or to (M, C) of the positions `needed`, (M,) int64."""
+        """(N, C) to (N, C), or to (M, C) of the positions `needed`, (M,) int64. Each sequence
+        attends to the rows of a prefix, (n, 3C), before itself."""
         compiled = self.compiled if torch.is_grad_enabled() else None
         project, finish = compiled or (Block.project, Block.finish)
-        mixed = self.attn(project(self, x), spans, cache)
+        fused = project(self, x)
+        if prefix is None:
+            mixed = self.attn(fused, spans, cache)
+        else:
+            longer = spans.after(len(prefix))
+            mixed = self.attn(prepend(prefix, fused, spans), longer, cache)
+            mixed = drop_first(len(prefix), mixed, longer)
         if needed is not None:
             x, mixed = x[needed], mixed[needed]
         return finish(self, x, mixed)
@@ -219,6 +239,9 @@ class GPT2Model(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.prefix: Prefix | None = None
+        if config.prefix is not None:
+            self.prefix = Prefix(config.prefix, config.n_layer, config.n_embd)
 
     def forward(
         self,
@@ -234,14 +257,19 @@ class GPT2Model(nn.Module):
         `needed` (M,) int64 picks those whose hidden states are returned, (M, C): the others leave
         the last block as soon as their keys and values are there.
         """
+        prefixes: Sequence[Tensor | None] = [None] * len(self.h)
+        if self.prefix is not None:
+            positions, prefixes = positions + self.prefix.length, self.prefix()
+            if cache is not None:
+                cache.add_prefix(self.prefix.length)
         x = self.wte(input_ids) + self.wpe(positions)
         *blocks, last = self.h
-        for block in blocks:
+        for block, prefix in zip(blocks, prefixes[:-1], strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, spans, use_reentrant=False)
+                x = checkpoint(block, x, spans, None, None, prefix, use_reentrant=False)
             else:
-                x = block(x, spans, cache)
-        return self.ln_f(last(x, spans, cache, needed))
+                x = block(x, spans, cache, None, prefix)
+        return self.ln_f(last(x, spans, cache, needed, prefixes[-1]))
 
     def compile_blocks(self) -> None:
         """Compile what blocks do in training, once for all of them and any number of tokens. The
@@ -277,6 +305,8 @@ class GPT2LMModel(nn.Module):
             nn.init.zeros_(module.bias)
         if isinstance(module, Bottleneck):  # after its own layers
             module.start_near_identity()
+        if isinstance(module, Prefix):
+            module.start()
 
     @property
     def head_weight(self) -> Tensor:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import peft as peft_adapter
+from checkpoints import peft_prefix
 from checkpoints.base import (
     BaseWeights,
     canonical_names,
@@ -161,6 +162,8 @@ def _read_peft(folder: Path, base: BaseWeights | None) -> tuple[AdapterHeader, d
     else:
         tensors = read_tensors(folder / "adapter_model.bin")
     try:
+        if config.get("peft_type") == peft_prefix.PEFT_TYPE:
+            return peft_prefix.read(config, tensors, own_header, base)
         return peft_adapter.read(config, tensors, own_header, base.tensors if base else None)
     except InputError as error:
         raise InputError(f"--adapter {folder}: {error}") from error
@@ -301,7 +304,7 @@ def _settings_from_header(
                 "leave the flag out"
             )
     config = header.lora and replace(header.lora, dropout=0.0)
-    return {"lora": config, "bottleneck": header.bottleneck}
+    return {"lora": config, "bottleneck": header.bottleneck, "prefix": header.prefix}
 
 
 def _settings_from_tensors(

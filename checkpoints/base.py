@@ -347,6 +347,13 @@ def model_config(card: str | None, base: BaseWeights | None, **settings: Any) ->
         raise InputError(f"--lora_targets or the adapter's header: {error}") from error
 
 
+def check_window(seq_len: int, n_positions: int, virtual_tokens: int = 0) -> None:
+    """Raise InputError unless `seq_len` tokens have a position each after a prefix."""
+    if seq_len + virtual_tokens > n_positions:
+        prefix = f" with a prefix of {virtual_tokens}" if virtual_tokens else ""
+        raise InputError(f"--seq_len {seq_len}{prefix} is above the model's {n_positions}")
+
+
 def card_of(state: Mapping[str, Tensor]) -> str:
     """Return the card whose depth and width a base of canonical names has.
 

@@ -144,6 +144,8 @@ def _summary(header: AdapterHeader, form: str) -> str:
         )
     elif bottleneck := header.bottleneck:
         text = f"{BOTTLENECKS[header.kind].format(base)}, {bottleneck.dim} wide."
+    elif header.prefix:
+        text = f"A prefix (Li & Liang 2021) of {base}: {header.prefix.length} virtual tokens."
     else:
         text = f"{SUBSETS[header.kind]} of {base} were fine-tuned."
     if form == "merged":
@@ -184,20 +186,21 @@ def _loading(header: AdapterHeader, form: str, name: str) -> str:
             "vLLM and other servers load this folder like any GPT-2.",
         ]
     elif form == "peft":
+        hint = "" if header.prefix else "  # or .merge_and_unload()"
         blocks += [
             _fenced(
                 "python",
                 "from peft import PeftModel\n"
                 "from transformers import GPT2LMHeadModel\n\n"
                 f"base = GPT2LMHeadModel.from_pretrained({base!r})\n"
-                f"model = PeftModel.from_pretrained(base, {name!r})  # or .merge_and_unload()",
+                f"model = PeftModel.from_pretrained(base, {name!r}){hint}",
             ),
             "vLLM does not serve adapters of GPT-2; it serves what `--to merged` writes.",
         ]
     elif header.bottleneck is None:
         blocks += [
             "For PEFT and transformers convert it: `python convert_adapter.py --adapter "
-            f"{local} --to peft` or `--to merged`."
+            f"{local} --to peft`{'' if header.prefix else ' or `--to merged`'}."
         ]
     return "\n\n".join(blocks)
 

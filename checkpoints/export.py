@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import loralib as lora
-from checkpoints import hub, peft
+from checkpoints import hub, peft, peft_prefix
 from checkpoints.adapter import PEFT_FILES, assemble, check_vocabulary, read_adapter, save_adapter
 from checkpoints.base import BASE_FILES, BaseWeights, card_of
 from checkpoints.header import AdapterHeader, Base
@@ -81,7 +81,8 @@ def load_average(
     for path in paths:
         adapter = load_for_export(base, path)
         if adapter.header.kind != "lora":
-            merged = "" if adapter.header.bottleneck else ", so average merged weights in its place"
+            bare = adapter.header.bottleneck or adapter.header.prefix
+            merged = "" if bare else ", so average merged weights in its place"
             raise InputError(
                 f"--average {path} is {adapter.header.kind}; only plain LoRA adapters have a mean "
                 f"that is one{merged}"
@@ -118,19 +119,24 @@ def write_safetensors(adapter: LoadedAdapter, path: Path) -> list[Path]:
     return [path]
 
 
-def refuse_bottleneck(header: AdapterHeader, form: str) -> None:
-    """Raise InputError for an adapter that no format but this repository's own has."""
+def refuse_form(header: AdapterHeader, form: str) -> None:
+    """Raise InputError for an adapter that this format has no place for."""
     if header.bottleneck:
         raise InputError(
             f"--to {form}: a bottleneck ({header.kind}) cannot be merged, as there is a "
             "nonlinearity between its two matrices, and neither PEFT nor the original code has it; "
             "give --to safetensors"
         )
+    if header.prefix and form != "peft":
+        raise InputError(
+            f"--to {form}: a prefix changes no weight, so it cannot be merged, and the original "
+            "code does not have it; give --to peft or --to safetensors"
+        )
 
 
 def write_pt(adapter: LoadedAdapter, path: Path) -> list[Path]:
     """Write the original's file: adapters of q and v by name, without their alpha."""
-    refuse_bottleneck(adapter.header, "pt")
+    refuse_form(adapter.header, "pt")
     config, kind = adapter.header.lora, adapter.header.kind
     if config is None or kind not in ("lora", "lora_fa") or config.targets != ("q", "v"):
         targets = ",".join(config.targets) if config else "no layer"
@@ -149,14 +155,16 @@ def write_pt(adapter: LoadedAdapter, path: Path) -> list[Path]:
 
 def write_peft(adapter: LoadedAdapter, folder: Path) -> list[Path]:
     """Write a folder for PEFT."""
-    refuse_bottleneck(adapter.header, "peft")
-    if adapter.header.lora is None:
-        raise InputError(
-            f"--to peft: {adapter.header.kind} training has no adapter; give --to merged"
-        )
-    biases = any(name.endswith("bias") for name in adapter.tensors)
-    name = adapter.base_name or name_for_peft(adapter.base)
-    config, tensors, metadata = peft.write(adapter.model, adapter.header, biases, name)
+    refuse_form(adapter.header, "peft")
+    header, name = adapter.header, adapter.base_name or name_for_peft(adapter.base)
+    if header.prefix is not None:
+        written = peft_prefix.write(adapter.model.config, adapter.tensors, header, name)
+    elif header.lora is not None:
+        biases = any(name.endswith("bias") for name in adapter.tensors)
+        written = peft.write(adapter.model, header, biases, name)
+    else:
+        raise InputError(f"--to peft: {header.kind} training has no adapter; give --to merged")
+    config, tensors, metadata = written
     config_name, tensors_name = PEFT_FILES
     write_tensors(folder / tensors_name, tensors, metadata)
     write_json(folder / config_name, config)
@@ -174,7 +182,7 @@ def name_for_peft(base: BaseWeights) -> str:
 
 def write_merged(adapter: LoadedAdapter, folder: Path) -> list[Path]:
     """Write a folder for transformers, with the tokenizer's files where the vocabulary is given."""
-    refuse_bottleneck(adapter.header, "merged")
+    refuse_form(adapter.header, "merged")
     config, end_of_text = adapter.model.config, None
     if adapter.vocab:
         tokenizer = load_tokenizer(adapter.vocab)

@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from common.errors import InputError
 from data_utils import vocabulary_fingerprint
 from loralib import KINDS, LoraConfig
-from methods import BOTTLENECKS, BottleneckConfig
+from methods import BOTTLENECKS, BottleneckConfig, PrefixConfig
 from model import LORA_TARGETS
 
 FORMAT_VERSION = 1
 WITHOUT_ADAPTER = ("full", "top", "bias", "top2")  # what training may change without an adapter
 LARGEST_RANK = 2**16  # of LoRA, and the largest width of a bottleneck
+LARGEST_PREFIX = 2**16
 LARGEST_ALPHA = 1e9
 LARGEST_INTEGER = 2**63 - 1
 REQUIRED: Any = object()
@@ -56,7 +57,7 @@ class Vocabulary:
 class AdapterHeader:
     """Settings and origin of what an adapter file holds; no path, no time.
 
-    `lora` or `bottleneck` are the adapter's settings, both None where `method` is one of
+    `lora`, `bottleneck` or `prefix` are the adapter's settings, all None where `method` is one of
     WITHOUT_ADAPTER; `method` is "lora" for every kind of it, else the kind. `model_card` is None
     only for an adapter that PEFT wrote; `seed`, `train_data` (the data's sha256) and `settings`
     (whatever else decides the result) are None for one that was not trained here.
@@ -72,11 +73,17 @@ class AdapterHeader:
     train_data: str | None = None
     settings: Mapping[str, Any] | None = field(default=None, hash=False)
     bottleneck: BottleneckConfig | None = None
+    prefix: PrefixConfig | None = None
 
     @property
     def kind(self) -> str:
         """The kind of LoRA, or the method that takes its place."""
         return self.lora.kind if self.lora else self.method
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions a prefix takes from the texts."""
+        return self.prefix.length if self.prefix else 0
 
     def to_fields(self) -> dict[str, Any]:
         """The header as plain values, under the names that files use."""
@@ -93,6 +100,8 @@ class AdapterHeader:
             fields |= {"rslora": self.lora.rslora, "targets": list(self.lora.targets)}
         elif self.bottleneck:
             fields |= asdict(self.bottleneck)
+        elif self.prefix:
+            fields |= {"prefix_length": self.prefix.length}
         else:  # files of this format say what the flags were even where they had no effect
             flags = self.settings or {}
             fields |= {"r": 0, "targets": [], "rslora": flags.get("use_rslora", False)}
@@ -127,7 +136,10 @@ class AdapterHeader:
             raise InputError(f"{source} has format {version}, this program reads {FORMAT_VERSION}")
         model_card, kind = read.text("model_card"), read.text("kind")
         bottleneck = _bottleneck_config(read) if kind in BOTTLENECKS else None
-        config = None if bottleneck else _lora_config(read)
+        prefix = None
+        if kind == "prefix":
+            prefix = PrefixConfig(read.integer("prefix_length", 1, LARGEST_PREFIX))
+        config = None if bottleneck or prefix else _lora_config(read)
         base, vocabulary = read.inner("base"), read.inner("vocabulary", None)
         return cls(
             lora=config,
@@ -141,11 +153,12 @@ class AdapterHeader:
             train_data=read.text("train_data", None),
             settings=read.settings(),
             bottleneck=bottleneck,
+            prefix=prefix,
         )
 
 
 def _lora_config(read: "_Reader") -> LoraConfig | None:
-    kind, kinds = read.text("kind"), (*KINDS, *BOTTLENECKS, *WITHOUT_ADAPTER)
+    kind, kinds = read.text("kind"), (*KINDS, *BOTTLENECKS, "prefix", *WITHOUT_ADAPTER)
     r = read.integer("r", 0, LARGEST_RANK)
     alpha = read.number("alpha", LARGEST_ALPHA)
     dropout, rslora = read.number("dropout", 1.0, 0.0), read.flag("rslora")

@@ -22,6 +22,11 @@ class Spans:
         """Return the spans of sequences of these lengths, one after the other, on the host."""
         return cls(list(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
 
+    def after(self, rows: int) -> "Spans":
+        """Return the spans that the sequences have once this number of rows stands before each."""
+        more = rows * torch.arange(len(self.starts), dtype=torch.int32, device=self.starts.device)
+        return Spans([rows + length for length in self.lengths], self.starts + more)
+
     def to(self, device: torch.device) -> "Spans":
         """Return the spans with their starts on a device."""
         return replace(self, starts=self.starts.to(device))

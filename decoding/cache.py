@@ -34,8 +34,15 @@ class DecodeCache:
         self.new: tuple[Tensor, Tensor]  # rows (B, 1) and slots (B, K) of the tokens decoded now
         self.layers: list[tuple[Tensor, Tensor]] = []
 
+    def add_prefix(self, length: int) -> None:
+        """Give each context, before its prompt, slots for a prefix, which all its beams see."""
+        self.used = [length + used for used in self.used]
+        self.positions = self.positions + length
+        self.visible = F.pad(self.visible, (length, 0), value=True)
+
     def add_layer(self, key: Tensor, value: Tensor) -> None:
-        """Keep the next layer's keys and values of the prompts, one after the other, (N, H, D)."""
+        """Keep the next layer's keys and values of the prompts, one after the other, (N, H, D);
+        where there is a prefix, each prompt's after those of the prefix."""
         real = self.visible[:, 0]
         keys, values = (t.new_zeros(*real.shape, *t.shape[1:]) for t in (key, value))
         keys[real], values[real] = key, value

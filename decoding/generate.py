@@ -50,7 +50,7 @@ def generate(
         ValueError: a context is empty, the tokenizer is not the model's, or a setting is out of
             range or does not go with `do_sample`.
     """
-    window, device = model.config.n_positions, next(model.parameters()).device
+    window, device = model.config.window, next(model.parameters()).device
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.get_vocab_size()} entries, more than the model's "

@@ -132,7 +132,7 @@ class Session:
         Args:
             load: returns the model of an adapter's file, or the base alone for None, and the same
                 one each time.
-            window: tokens of room for a prompt and its text.
+            window: tokens of room for a prompt and its text, fewer where a model has fewer.
             with_base: whether the base answers too.
         """
         self.load, self.tokenizer, self.runtime = load, tokenizer, runtime
@@ -178,12 +178,14 @@ class Session:
             if not text.isascii() and any(unicodedata.category(c) == "Cs" for c in text):
                 raise InputError(f"prompt {text[:40] + '…'!r} is not UTF-8")
         eval_len = self.choices.settings.eval_len
+        models = (self.load(self.paths[name]) for name in self.names)
+        window = min(self.window, *(model.config.window for model in models))
         encoded = encode_contexts(self.tokenizer, texts)
         for text, ids in zip(texts, encoded, strict=True):
-            if len(ids) > self.window - eval_len:
+            if len(ids) > window - eval_len:
                 raise InputError(
                     f"prompt {text[:40] + '…'!r} is too long: its {len(ids)} tokens and eval_len "
-                    f"{eval_len} exceed the window of {self.window}; shorten it, or lower eval_len"
+                    f"{eval_len} exceed the window of {window}; shorten it, or lower eval_len"
                 )
         return encoded
 

@@ -44,6 +44,7 @@ METHODS = {
     "LoRA-FA": ["--lora_kind", "lora_fa"],
     "AdapterL": ["--method", "adapter_l"],
     "AdapterH": ["--method", "adapter_h", "--adapter_dim", "8"],
+    "prefix": ["--method", "prefix", "--prefix_hidden", "64"],
     "full": ["--method", "full", "--keep_last", "2"],
     "top": ["--lora_dim", "0", "--train_top", "1", "--keep_last", "1"],
     "top2": ["--method", "top2", "--keep_last", "1"],

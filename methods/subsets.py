@@ -9,7 +9,7 @@ bias      all biases, those of LayerNorms too (BitFit; Ben Zaken et al. 2022, ar
 from torch import nn
 
 # Parts of the names that tensors of adapters have and tensors of the base have not.
-ADDED = ("lora_", "_adapter.")
+ADDED = ("lora_", "_adapter.", ".prefix.")
 
 
 def is_added(name: str) -> bool:

@@ -29,10 +29,13 @@ VOCABULARY, POSITIONS = 64, 32
 METHODS = {
     "adapter_l": ["--method", "adapter_l", "--adapter_dim", "3"],
     "adapter_h": ["--method", "adapter_h", "--adapter_dim", "3"],
+    # A prefix takes positions from the window.
+    "prefix": ["--method", "prefix", "--prefix_length", "3", "--prefix_hidden", "8",
+               "--seq_len", "29"],
     "full": ["--method", "full"],
     "top2": ["--method", "top2"],
     "bitfit": ["--method", "bitfit"],
-}
+}  # fmt: skip
 TINY_CARD = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
@@ -112,7 +115,7 @@ class Tiny:
             "work_dir": self.folder / work_dir,
         }  # fmt: skip
         pairs = [(f"--{name}", str(value)) for name, value in settings.items()]
-        return [*method, *(part for pair in pairs for part in pair), *map(str, more)]
+        return [*(part for pair in pairs for part in pair), *method, *map(str, more)]
 
 
 def _write_tiny(folder: Path, card: str) -> Tiny:

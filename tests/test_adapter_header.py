@@ -18,6 +18,7 @@ from checkpoints import AdapterHeader, Base, Vocabulary
 from common.errors import InputError
 from data_utils import load_tokenizer
 from loralib import KINDS, LoraConfig
+from methods import PrefixConfig
 from model import LORA_TARGETS
 
 NANO = ROOT / "data" / "nano"
@@ -48,6 +49,10 @@ HEADERS = st.builds(AdapterHeader, lora=CONFIGS, **COMMON) | st.builds(
     lora=st.none(),
     method=st.sampled_from(["full", "top", "bias"]),
     **COMMON | {"settings": st.none()},
+)
+PREFIXES = st.builds(PrefixConfig, length=st.integers(1, 2**16))
+HEADERS |= st.builds(
+    AdapterHeader, lora=st.none(), method=st.just("prefix"), prefix=PREFIXES, **COMMON
 )
 
 
@@ -106,6 +111,10 @@ FIELDS = {
         ({"settings": 1}, "no good settings"),
         ({"settings": {"lr": [1]}}, "no good settings .*lr"),
         ({"settings": {"global_batch": 10**30}}, "no good settings .*global_batch"),
+        ({"kind": "prefix"}, "no good prefix_length"),
+        ({"kind": "prefix", "prefix_length": 0}, "no good prefix_length .*from 1 to 65536"),
+        ({"kind": "prefix", "prefix_length": 2.0}, "no good prefix_length"),
+        ({"kind": "prefix", "prefix_length": 10**9}, "no good prefix_length .*from 1 to 65536"),
     ],
     ids=str,
 )
@@ -133,8 +142,9 @@ def mutated(value: object, draw: random.Random) -> object:
 
 def test_whatever_a_header_holds_it_is_read_or_refused_in_one_sentence() -> None:
     refused = 0
+    prefix = FIELDS | {"kind": "prefix", "prefix_length": 5}
     for seed in range(1000 * FUZZ):
-        text = json.dumps(mutated(FIELDS, random.Random(seed)))
+        text = json.dumps(mutated(prefix if seed % 3 == 0 else FIELDS, random.Random(seed)))
         try:
             header = AdapterHeader.from_json(text, "--adapter a")
         except InputError as error:

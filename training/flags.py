@@ -17,11 +17,13 @@ METHODS: dict[str, dict[str, object]] = {
     "lora": {"train_top": 0},
     "adapter_l": WITHOUT_LORA,
     "adapter_h": WITHOUT_LORA,
+    "prefix": WITHOUT_LORA,
     "full": WITHOUT_LORA,
     "top2": WITHOUT_LORA,
     "bitfit": WITHOUT_LORA | {"train_bias": "all"},
 }
 PAPER_DIMS = {"adapter_l": 6, "adapter_h": 112}  # table 3's, on GPT-2 medium
+PAPER_PREFIX = {"prefix_length": 5, "prefix_hidden": 512}  # Li and Liang 2021, on E2E and WebNLG
 # Flags that only some methods have a use for.
 OWN_FLAGS = {
     **dict.fromkeys(
@@ -29,6 +31,7 @@ OWN_FLAGS = {
          "lora_plus_ratio"), ("lora",)
     ),
     "adapter_dim": BOTTLENECKS,
+    **dict.fromkeys(PAPER_PREFIX, ("prefix",)),
 }  # fmt: skip
 DROPPED_FLAGS = [
     "--roll_interval",
@@ -113,6 +116,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         + " and ".join(f"{dim} of {method}" for method, dim in PAPER_DIMS.items())
         + ".",
     )
+    add("--prefix_length", type=int, help="Virtual tokens of --method prefix. Default: 5.")
+    add(
+        "--prefix_hidden",
+        type=int,
+        help="Width of the network that makes the prefix in training; 0 for none. Default: 512.",
+    )
 
 
 def settle_method(given: Mapping[str, object]) -> dict[str, object]:
@@ -138,8 +147,9 @@ def settle_method(given: Mapping[str, object]) -> dict[str, object]:
         _check_own_flags(given, method, OWN_FLAGS)
     else:
         settled = {}
-        _check_own_flags(given, method, ["adapter_dim"])
-    return {"method": method, "adapter_dim": PAPER_DIMS.get(method)} | settled
+        _check_own_flags(given, method, ["adapter_dim", *PAPER_PREFIX])
+    prefix = PAPER_PREFIX if method == "prefix" else {}
+    return {"method": method, "adapter_dim": PAPER_DIMS.get(method)} | prefix | settled
 
 
 def _spelled_method(given: Mapping[str, object]) -> str:
@@ -282,7 +292,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         "log_interval": 1, "eval_interval": 1, "save_interval": 1, "save_minutes": 0,
         "keep_last": 0, "patience": 0, "max_bad_steps": 1, "max_step": 1, "max_epoch": 1,
         "valid_samples": 0, "clip": 0, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0,
-        "train_top": 0, "adapter_dim": 1,
+        "train_top": 0, "adapter_dim": 1, "prefix_length": 1, "prefix_hidden": 0,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)

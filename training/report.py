@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -11,7 +12,7 @@ import gpu
 from gpu import Runtime
 from methods import table_3_row
 from model import GPT2LMModel
-from training.run import Interval, Plan, Run, RunSettings, saved_tensors
+from training.run import Interval, Plan, Run, RunSettings, kept_tensors
 
 # Of flags that differ from the recipe's, those that say nothing of the training.
 UNINTERESTING = {
@@ -40,8 +41,10 @@ def print_sizes(
     model = gpu.unwrap(model)
     total = sum(p.numel() for p in model.parameters())
     card = checkpoints.card_of(model.state_dict())
+    trained, saved = trained_parameters(model), saved_parameters(model)
+    maker = f" (they make the {saved:,} that are saved)" if saved < trained else ""
     print(
-        f"{card}: {trained_parameters(model):,} trainable parameters of {total:,}, "
+        f"{card}: {trained:,} trainable parameters of {total:,}{maker}, "
         f"{runtime.precision} on {runtime.device}, {runtime.world_size} process(es); {rows:,} "
         f"rows in steps of {plan.global_batch}, {plan.steps_per_epoch:,} steps an epoch, "
         f"{plan.max_step:,} in all, {plan.warmup_step:,} of them warm-up; into "
@@ -55,8 +58,10 @@ def print_published(model: GPT2LMModel, method: str) -> None:
     size = config.bottleneck.dim if config.bottleneck else 0
     if config.lora and config.lora.targets == ("q", "v"):
         size = config.lora.r
+    if config.prefix:
+        size = config.prefix.length
     row = table_3_row(card, method, size)
-    if row and row.count == sum(tensor.numel() for tensor in saved_tensors(model).values()):
+    if row and row.count == saved_parameters(model):
         note = f", {row.note}" if row.note else ""
         print(f"The LoRA paper's table 3, {row.name}: {row.printed}{note}; here {row.count:,}")
 
@@ -66,10 +71,20 @@ def trained_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def saved_parameters(model: nn.Module) -> int:
+    """Return how many numbers an adapter file holds: of a prefix fewer than make it in training,
+    of a kind that keeps frozen tensors more than are trained. They need not have values."""
+    prefix = cast(GPT2LMModel, model).transformer.prefix
+    if prefix is not None:
+        return prefix.count
+    return sum(tensor.numel() for tensor in kept_tensors(model).values())
+
+
 def print_disk(model: nn.Module, plan: Plan, settings: RunSettings, validates: bool) -> None:
     """Print how much disk the files of a run take at most, and whether there is as much."""
-    saved = sum(tensor.numel() for tensor in saved_tensors(model).values())
-    adapter, state = 4 * saved, 4 * (saved + 2 * trained_parameters(model))  # with two moments
+    kept = sum(tensor.numel() for tensor in kept_tensors(model).values())
+    adapter = 4 * saved_parameters(model)
+    state = 4 * (kept + 2 * trained_parameters(model))  # with two moments
     last = plan.max_step + 1
     saves = {*range(settings.save_interval, last, settings.save_interval), plan.max_step}
     count = len(saves.union(range(plan.steps_per_epoch, last, plan.steps_per_epoch)))

@@ -31,7 +31,7 @@ PROGRESS = {
 }  # fmt: skip
 FORM_FIELDS = (
     "optimizer", "lora_dim", "lora_targets", "lora_kind", "train_bias", "train_top",
-    "no_decay_bias", "lora_plus_ratio", "kind", "dim",
+    "no_decay_bias", "lora_plus_ratio", "kind", "dim", "prefix_length", "prefix_hidden",
 )  # fmt: skip
 # What the optimizers keep of a parameter: the original's formula, PyTorch's, and apex's.
 APEX = {"exp_avg", "exp_avg_sq"}
@@ -129,7 +129,7 @@ def save(run: Run) -> None:
         state = State(
             header=run.header,
             progress={name: getattr(run, own) for name, own in PROGRESS.items()},
-            trained={name: p.detach() for name, p in (run.saved | run.trained).items()},
+            trained={name: p.detach() for name, p in run.kept.items()},
             optimizer=run.optimizer.state_dict(),
             scheduler=run.scheduler.state_dict(),
             scaler=run.scaler.state_dict(),
@@ -285,7 +285,7 @@ def _refusing_bad_content(source: Path) -> Iterator[None]:
 
 
 def _restore_tensors(run: Run, state: State) -> None:
-    if missing := sorted(run.saved.keys() - state.trained.keys()):
+    if missing := sorted(run.kept.keys() - state.trained.keys()):
         raise ValueError(f"it lacks {missing[0]}")
     model = cast(GPT2LMModel, gpu.unwrap(run.model))
     checkpoints.apply_trained(model, state.trained, "state.pt")

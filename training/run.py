@@ -5,7 +5,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ import loralib as lora
 from checkpoints import AdapterHeader
 from data_utils import EpochSampler, FT_Dataset
 from gpu import Runtime
+from methods.prefix import KEPT
+from model import GPT2LMModel
 from training.log import RunLog
 from training.updates import Updates
 
@@ -145,6 +147,11 @@ class Run:
         """The tensors of the adapter file by name."""
         return saved_tensors(gpu.unwrap(self.model))
 
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors of state.pt by name."""
+        return kept_tensors(gpu.unwrap(self.model))
+
     def adapter_path(self, name: int | str) -> Path:
         """Return `model.{name}.safetensors` in the work_dir; the name is a step, or best."""
         return self.settings.work_dir / f"model.{name}.safetensors"
@@ -156,8 +163,15 @@ class Run:
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what an adapter file holds of a model, by name: the trained tensors, and what an
-    adapter's kind keeps frozen."""
+    """Return what an adapter file holds of a model, by name: of a prefix its numbers, which the
+    trained tensors make; of all else what state.pt holds."""
+    prefix = cast(GPT2LMModel, model).transformer.prefix
+    return {KEPT: prefix.numbers().detach()} if prefix is not None else kept_tensors(model)
+
+
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a run resumes from, by name: the trained tensors, and what an adapter's kind
+    keeps frozen."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return lora.lora_state_dict(model) | trained
 

@@ -22,7 +22,7 @@ from common.errors import InputError
 from common.text_files import check_shareable
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer
 from gpu import Runtime
-from methods import BOTTLENECKS, BottleneckConfig, train_added, train_only
+from methods import BOTTLENECKS, BottleneckConfig, PrefixConfig, train_added, train_only
 from model import GPT2Config, GPT2LMModel
 from optimizer import (
     RECIPE_WARMUP,
@@ -34,7 +34,13 @@ from optimizer import (
 )
 from training.flags import DEFAULT_EPOCHS, FULL_KEEPS, RECIPE_LOG_INTERVAL
 from training.log import RunLog
-from training.report import print_disk, print_published, print_sizes, trained_parameters
+from training.report import (
+    print_disk,
+    print_published,
+    print_sizes,
+    saved_parameters,
+    trained_parameters,
+)
 from training.resume import State, check_equal_ranks, check_settings, flat, restore
 from training.run import Plan, Run, RunSettings
 from training.updates import CheckedUpdates, DeferredUpdates, defers
@@ -240,8 +246,8 @@ def build_model(
     config = checkpoints.model_config(args.model_card, base, **settings, **vocabulary)
     if tokenizer is not None and base is not None:
         base.check_vocabulary(tokenizer, args.vocab)
-    if args.seq_len > config.n_positions:
-        raise InputError(f"--seq_len {args.seq_len} is above the model's {config.n_positions}")
+    virtual_tokens = config.n_positions - config.window
+    checkpoints.check_window(args.seq_len, config.n_positions, virtual_tokens)
     for name in ("lora_dim", "adapter_dim"):
         if (width := getattr(args, name) or 0) > config.n_embd:
             raise InputError(f"--{name} {width} is above the model's width {config.n_embd}")
@@ -258,6 +264,8 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     targets = checkpoints.parse_targets(args.lora_targets)
     if args.method in BOTTLENECKS:
         return {"bottleneck": BottleneckConfig(args.adapter_dim, args.method)}
+    if args.method == "prefix":
+        return {"prefix": PrefixConfig(args.prefix_length, args.prefix_hidden)}
     if args.method != "lora":
         return {}
     try:
@@ -280,7 +288,7 @@ def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
     blocks, ln_f = model.transformer.h, model.transformer.ln_f
     if args.method in ("lora", "bitfit"):
         lora.mark_only_lora_as_trainable(model, args.train_bias)
-    elif args.method in BOTTLENECKS:
+    elif args.method in (*BOTTLENECKS, "prefix"):
         train_added(model)
     elif args.method == "top2":
         train_only(model, *blocks[-2:], ln_f)
@@ -378,6 +386,7 @@ def resolved_flags(
     own = {
         "model_card": checkpoints.card_of(model.state_dict()),
         "trained_parameters": trained_parameters(model),
+        "saved_parameters": saved_parameters(model),
     }
     return vars(args) | asdict(plan) | asdict(settings) | place | own
 
@@ -397,6 +406,8 @@ def describe_adapter(
     """
     resolved = vars(args) | asdict(plan)
     given = {name: value for name in ("fields", "base_dtype") if (value := resolved[name])}
+    if args.method == "prefix":
+        given["prefix_hidden"] = args.prefix_hidden
     return AdapterHeader(
         lora=model.config.lora,
         base=Base(Path(args.init_checkpoint).name, fingerprint),
@@ -407,4 +418,5 @@ def describe_adapter(
         train_data=train_data,
         settings={name: resolved[name] for name in RESULT_SETTINGS} | given,
         bottleneck=model.config.bottleneck,
+        prefix=model.config.prefix and PrefixConfig(model.config.prefix.length),
     )

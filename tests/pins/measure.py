@@ -34,6 +34,7 @@ RUNS = {
     "pissa": "--lora_kind pissa --lora_targets q,o",
     "lora_fa": "--lora_kind lora_fa --lora_targets q,v,fc,proj --obj jlm",
     "full": "--lora_dim 0",
+    "prefix": "--method prefix --prefix_hidden 64 --seq_len 500",
     "top": "--lora_dim 0 --train_top 1 --optimizer torch --lr 0.0005",
     "bias": "--lora_dim 0 --train_bias all --scheduler cosine",
     "adapter_l": "--method adapter_l --clip 0.5",

@@ -35,6 +35,9 @@ LEFT_OUT = {
     "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/webnlg.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/dart.sh": "tests/test_pipeline_scripts.py",
+    "METHOD=adapter_l bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
+    "METHOD=adapter_l ADAPTER_DIM=224 bash scripts/webnlg.sh": "tests/test_pipeline_scripts.py",
+    "METHOD=full bash scripts/dart.sh": "tests/test_pipeline_scripts.py",
     "MODEL=gpt2.nano TRAIN_ROWS=8000 VALID_ROWS=400 TEST_ROWS=1000 MAX_STEP=1000 WARMUP_STEP=100 "
     "LR=5e-3 bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
     "python -m experiments.soak --steps 2000 --kills 20": "tests/test_soak.py",
@@ -53,7 +56,7 @@ TINY = {
     "gpt2_ft.py": (
         DATA,
         "--model_card gpt2.nano --max_step 2 --warmup_step 0 --train_batch_size 2 --seq_len 128 "
-        "--lora_dim 2 --valid_samples 0 --device cpu --work_dir runs/new",
+        "--valid_samples 0 --device cpu --work_dir runs/new",
     ),
     "gpt2_beam.py": (
         f"--vocab vocab --init_checkpoint {NANO}",

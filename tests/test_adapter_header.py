@@ -18,7 +18,7 @@ from checkpoints import AdapterHeader, Base, Vocabulary
 from common.errors import InputError
 from data_utils import load_tokenizer
 from loralib import KINDS, LoraConfig
-from methods import PrefixConfig
+from methods import BOTTLENECKS, BottleneckConfig, PrefixConfig
 from model import LORA_TARGETS
 
 NANO = ROOT / "data" / "nano"
@@ -47,9 +47,14 @@ COMMON = {
 HEADERS = st.builds(AdapterHeader, lora=CONFIGS, **COMMON) | st.builds(
     AdapterHeader,
     lora=st.none(),
-    method=st.sampled_from(["full", "top", "bias"]),
+    method=st.sampled_from(["full", "top", "bias", "top2"]),
     **COMMON | {"settings": st.none()},
 )
+for kind in BOTTLENECKS:
+    config = st.builds(BottleneckConfig, dim=st.integers(1, 2**16), kind=st.just(kind))
+    HEADERS |= st.builds(
+        AdapterHeader, lora=st.none(), method=st.just(kind), bottleneck=config, **COMMON
+    )
 PREFIXES = st.builds(PrefixConfig, length=st.integers(1, 2**16))
 HEADERS |= st.builds(
     AdapterHeader, lora=st.none(), method=st.just("prefix"), prefix=PREFIXES, **COMMON
@@ -111,6 +116,11 @@ FIELDS = {
         ({"settings": 1}, "no good settings"),
         ({"settings": {"lr": [1]}}, "no good settings .*lr"),
         ({"settings": {"global_batch": 10**30}}, "no good settings .*global_batch"),
+        ({"kind": "adapter_l"}, "no good dim"),
+        ({"kind": "adapter_l", "dim": 0}, "no good dim .*from 1 to 65536"),
+        ({"kind": "adapter_h", "dim": 10**9}, "no good dim .*from 1 to 65536"),
+        ({"kind": "adapter_h", "dim": True}, "no good dim"),
+        ({"kind": "adapter_h", "dim": "8"}, "no good dim"),
         ({"kind": "prefix"}, "no good prefix_length"),
         ({"kind": "prefix", "prefix_length": 0}, "no good prefix_length .*from 1 to 65536"),
         ({"kind": "prefix", "prefix_length": 2.0}, "no good prefix_length"),
@@ -142,9 +152,12 @@ def mutated(value: object, draw: random.Random) -> object:
 
 def test_whatever_a_header_holds_it_is_read_or_refused_in_one_sentence() -> None:
     refused = 0
-    prefix = FIELDS | {"kind": "prefix", "prefix_length": 5}
+    several = [
+        FIELDS | {"kind": "prefix", "prefix_length": 5}, FIELDS,
+        FIELDS | {"kind": "adapter_l", "dim": 6},
+    ]  # fmt: skip
     for seed in range(1000 * FUZZ):
-        text = json.dumps(mutated(prefix if seed % 3 == 0 else FIELDS, random.Random(seed)))
+        text = json.dumps(mutated(several[seed % 3], random.Random(seed)))
         try:
             header = AdapterHeader.from_json(text, "--adapter a")
         except InputError as error:

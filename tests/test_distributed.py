@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Tiny, finish, random_rows, start, write_rows
+from conftest import METHODS, ROOT, Tiny, finish, random_rows, start, write_rows
 
 import gpt2_ft
 import gpu
@@ -91,6 +91,20 @@ def test_two_processes_train_as_one_does_and_reduce_once_a_step(nano: Tiny) -> N
     assert sizes == [[[2, 2], [2, 2], [2]], [[2, 2], [2, 2], [1]]]
     rows = [i for seen in (first, second) for step in seen["rows"] for m in step for i in m]
     assert sorted(rows) == list(range(19))
+
+
+@pytest.mark.parametrize("method", ["adapter_l", "adapter_h", "prefix", "top2"])
+def test_two_processes_train_every_method_as_one_does(method: str, nano: Tiny) -> None:
+    more = ["--max_step", 3, "--lr", 0.001]
+    two = nano.argv_of(METHODS[method], "two", *more, "--grad_acc", 1)
+    code, _, err = launch(2, ["gpt2_ft.py", *two])
+    assert code == 0, err
+    gpt2_ft.main(nano.argv_of(METHODS[method], "one", *more, "--grad_acc", 2))
+    for key in ("loss", "grad_norm"):
+        one, other = ([r[key] for r in records(nano.folder / n, "train")] for n in ("one", "two"))
+        assert other == pytest.approx(one, abs=1e-6, rel=1e-5) and len(one) == 3
+    (_, own), (_, theirs) = (read_adapter(nano.folder / name) for name in ("one", "two"))
+    assert own and all(torch.allclose(theirs[name], t, atol=1e-5) for name, t in own.items())
 
 
 def test_a_rank_without_a_row_in_the_last_window_and_another_world_size_on_resume(

@@ -142,6 +142,7 @@ RECIPES = {  # trained numbers, rows of a step and epochs on gpt2.md, of Li and 
     "e2e adapter_h": (11_064_576, 5, 5), "e2e full": (354_823_168, 10, 5),
     "e2e top2": (25_194_496, 10, 5), "e2e bitfit": (271_360, 8, 5),
     "webnlg adapter_l": (368_784, 5, 10), "webnlg full": (354_823_168, 6, 10),
+    "e2e prefix": (25_744_896, 10, 5), "webnlg prefix": (25_744_896, 5, 5),
     "webnlg top2": (25_194_496, 9, 10), "webnlg adapter_l 224": (11_089_152, 5, 5),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from common.errors import InputError
 from data_utils import vocabulary_fingerprint
 from loralib import KINDS, LoraConfig
-from methods import BOTTLENECKS, BottleneckConfig, PrefixConfig
+from methods import ADDITIONS, BOTTLENECKS, BottleneckConfig, PrefixConfig
 from model import LORA_TARGETS
 
 FORMAT_VERSION = 1
@@ -158,7 +158,7 @@ class AdapterHeader:
 
 
 def _lora_config(read: "_Reader") -> LoraConfig | None:
-    kind, kinds = read.text("kind"), (*KINDS, *BOTTLENECKS, "prefix", *WITHOUT_ADAPTER)
+    kind, kinds = read.text("kind"), (*KINDS, *ADDITIONS, *WITHOUT_ADAPTER)
     r = read.integer("r", 0, LARGEST_RANK)
     alpha = read.number("alpha", LARGEST_ALPHA)
     dropout, rslora = read.number("dropout", 1.0, 0.0), read.flag("rslora")

@@ -9,5 +9,15 @@ from methods.paper import TABLE_3, table_3_row
 from methods.prefix import Prefix, PrefixConfig
 from methods.subsets import is_added, train_added, train_only
 
-__all__ = ["BOTTLENECKS", "Bottleneck", "BottleneckConfig", "Prefix", "PrefixConfig", "TABLE_3"]
+ADDITIONS = (*BOTTLENECKS, "prefix")  # methods whose tensors are added to a frozen base
+
+__all__ = [
+    "ADDITIONS",
+    "BOTTLENECKS",
+    "Bottleneck",
+    "BottleneckConfig",
+    "Prefix",
+    "PrefixConfig",
+    "TABLE_3",
+]
 __all__ += ["bottleneck", "is_added", "table_3_row", "train_added", "train_only"]

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import Tiny
+from conftest import METHODS, Tiny
 
 import checkpoints
 import gpt2_ft
 import gpu
 from common.errors import InputError
+from methods import ADDITIONS
 from training.run import Run
 from training.setup import prepare
 
@@ -62,6 +63,19 @@ def test_a_resumed_run_must_hold_its_base_in_the_same_dtype(tiny: Tiny) -> None:
     gpt2_ft.main(tiny.argv("run", "--bf16", "--max_step", 3, "--scheduler", "constant"))
     with pytest.raises(InputError, match="base_dtype"):
         gpt2_ft.main(tiny.argv("run", "--bf16", "--resume", "auto", "--base_dtype", "bf16"))
+
+
+@pytest.mark.parametrize("method", ADDITIONS)
+def test_what_is_added_to_a_rounded_base_is_trained_in_fp32(method: str, tiny: Tiny) -> None:
+    flags = [*METHODS[method], "--bf16", "--max_step", "3"]
+    gpt2_ft.main(tiny.argv_of(flags, "plain"))
+    gpt2_ft.main(tiny.argv_of(flags, "rounded", "--base_dtype", "bf16"))
+    (_, plain), (_, rounded) = (
+        checkpoints.read_adapter(tiny.folder / f"{name}:last") for name in ("plain", "rounded")
+    )
+    for name, tensor in plain.items():
+        assert rounded[name].dtype == torch.float32
+        assert (rounded[name] - tensor).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(

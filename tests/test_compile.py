@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import Tiny
+from conftest import METHODS, Tiny
 from torch._dynamo.utils import counters
 
 import gpt2_ft
@@ -21,21 +21,22 @@ needs_a_compiler = pytest.mark.skipif(
 )
 
 
-def make_run(tiny: Tiny, *more: object) -> Run:
-    args = gpt2_ft.parse_args(tiny.argv("run", "--lora_dropout", 0, *more))
+def make_run(tiny: Tiny, method: list[str], *more: object) -> Run:
+    args = gpt2_ft.parse_args(tiny.argv_of(method, "run", *more))
     return prepare(args, gpu.parse_gpu(args), tiny.folder / "run", None)
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("method", ["lora", "adapter_l", "adapter_h", "prefix"])
 def test_compiled_blocks_have_the_losses_of_plain_ones_by_two_compilations_an_epoch(
-    tiny: Tiny,
+    tiny: Tiny, method: str
 ) -> None:
     """All steps of an epoch, whose batches have any number of tokens, the last one fewer rows."""
     torch._dynamo.reset()
     counters.clear()
     losses = []
     for flags in ([], ["--compile"]):
-        run = make_run(tiny, *flags)
+        run = make_run(tiny, METHODS.get(method, ["--lora_dropout", "0"]), *flags)
         steps = run.sampler.steps(1)
         losses.append([gpt2_ft.optimizer_step(run, rows).smoothed_loss for rows in steps])
         gpt2_ft.evaluate(run.model, run.valid, run.runtime, 4)

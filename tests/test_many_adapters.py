@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CARD, Tiny, finish, random_base, random_rows, start, write_rows
+from conftest import METHODS, TINY_CARD, Tiny, finish, random_base, random_rows, start, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -291,6 +291,22 @@ def test_several_adapters_are_loaded_on_one_copy_of_the_base(
             assert "lora_" in key or parameter.data_ptr() == wanted[key].data_ptr()
     untouched, _ = checkpoints.load(tiny.base)
     assert torch.equal(base(IDS)[0], untouched(IDS)[0])
+
+
+def test_rows_of_one_file_are_decoded_by_adapters_of_every_method(tiny: Tiny) -> None:
+    methods = {"lora": ["--method", "lora"], **METHODS}
+    runs = {}
+    for name, flags in methods.items():
+        gpt2_ft.main(tiny.argv_of(flags, name, "--max_step", 3, "--lr", 0.1))
+        runs[name] = tiny.folder / name / "model.3.safetensors"
+    rows = random_rows(2 * len(runs) + 2, seed=3)
+    tasks = 2 * [*runs, None]
+    named = [part for name, path in runs.items() for part in ("--adapter", f"{name}={path}")]
+    mixed = beam(tiny, [r | {"task": t} for r, t in zip(rows, tasks, strict=True)], "mixed", *named)
+    alone = {n: beam(tiny, rows, f"{n}-alone", "--adapter", str(path)) for n, path in runs.items()}
+    alone[None] = beam(tiny, rows, "none")
+    assert mixed == [alone[task][i] for i, task in enumerate(tasks)]
+    assert len({json.dumps(found) for found in alone.values()}) == len(tasks) / 2
 
 
 def beam(tiny: Tiny, rows: list[dict], name: str, *adapters: str) -> list[dict]:

@@ -22,7 +22,7 @@ from common.errors import InputError
 from common.text_files import check_shareable
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer
 from gpu import Runtime
-from methods import BOTTLENECKS, BottleneckConfig, PrefixConfig, train_added, train_only
+from methods import ADDITIONS, BOTTLENECKS, BottleneckConfig, PrefixConfig, train_added, train_only
 from model import GPT2Config, GPT2LMModel
 from optimizer import (
     RECIPE_WARMUP,
@@ -206,7 +206,7 @@ def check_compiler(device: torch.device) -> None:
 
 def check_base_dtype(args: argparse.Namespace, runtime: Runtime) -> None:
     """Refuse to round a base that is trained, or that is computed with in another precision."""
-    if args.method not in ("lora", *BOTTLENECKS):
+    if args.method not in ("lora", *ADDITIONS):
         raise InputError(
             f"--base_dtype {args.base_dtype} is for a frozen base, and --method {args.method} "
             "trains weights of the base; leave one of the two out"
@@ -288,7 +288,7 @@ def choose_trained(args: argparse.Namespace, model: GPT2LMModel) -> None:
     blocks, ln_f = model.transformer.h, model.transformer.ln_f
     if args.method in ("lora", "bitfit"):
         lora.mark_only_lora_as_trainable(model, args.train_bias)
-    elif args.method in (*BOTTLENECKS, "prefix"):
+    elif args.method in ADDITIONS:
         train_added(model)
     elif args.method == "top2":
         train_only(model, *blocks[-2:], ln_f)

@@ -272,7 +272,7 @@ def draw_methods(axes: "Axes", groups: Sequence[Group], name: str) -> None:
     labels = [f"{group.title}  ·  {group.trained}" for group in groups]
     axes.set_yticks(range(len(groups)), labels, fontsize=8)
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     axes.set(xlabel=label_of(name))
     axes.grid(alpha=0.3)
 

@@ -50,6 +50,14 @@ KINDS = {
     "adapter_h": Kind(
         "AdapterH", ("--method=adapter_h",), {"dim": Option("adapter_dim", "112", int)}
     ),
+    "prefix": Kind(
+        "prefix",
+        ("--method=prefix",),
+        {
+            "length": Option("prefix_length", "5", int),
+            "hidden": Option("prefix_hidden", "512", int),
+        },
+    ),
     "full": Kind("full fine-tuning", ("--method=full",), {}),
     "top2": Kind("FT-Top2", ("--method=top2",), {}),
     "bitfit": Kind("BitFit", ("--method=bitfit",), {}),

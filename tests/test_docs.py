@@ -46,6 +46,14 @@ LEFT_OUT = {
     "python convert_adapter.py --adapter runs/e2e --init_checkpoint gpt2-medium --to peft --output "
     "e2e-peft --scores scores.json --push_to_hub OWNER/NAME": "tests/test_hand_on.py",
     "python -m experiments.tables": "tests/test_tables.py",
+    "python -m experiments.sweep --methods lora:r=4 full --max_step 50": "tests/test_sweep.py",
+    "python -m experiments.sweep --train_data my/train.jsonl --valid_data my/valid.jsonl "
+    "--test_data my/test.jsonl --init_checkpoint gpt2 --vocab vocab --out results/mine "
+    "--methods lora:r=4 lora:r=16,targets=all adapter_l:dim=6 prefix:length=5 full top2 bitfit "
+    "--lr 2e-4 1e-3 5e-3 --max_step 2000 --seeds 3": "the same",
+    'python -m experiments.sweep --methods lora:r=4 full --launcher slurm --workers 8 '
+    '--sbatch="--gpus=1 --time=2:00:00"': "the same",
+    "python -m experiments.e2e must table3 --dry_run": "the same; it needs E2E",
     "python -m data.clean_e2e e2e/train.txt.gz train.jsonl --official devel-fixed.no-ol.csv.gz "
     "--without devel-fixed.no-ol.csv.gz test-fixed.csv.gz": "tests/test_clean_e2e.py",
 }  # fmt: skip

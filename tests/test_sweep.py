@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import gpt2_ft
 from common.errors import InputError
+from common.files import read_json_lines
 from eval import evaluate, webnlg
 from experiments import compare, e2e, launch, runs, slurm, sweep
 from experiments.methods import KINDS, Method, parse_methods
@@ -121,6 +122,8 @@ def test_a_group_of_the_experiment_has_its_runs_each_under_a_name_of_its_own(
     ]
     count = len(group.methods) * group.seeds * len(group.rows) * len(group.variants)
     assert len({run.name for run in own}) == len(own) == count
+    for run in own:
+        gpt2_ft.parse_args(run.method.flags)
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +285,22 @@ def test_rows_are_a_subset_of_the_training_rows_that_the_seed_decides(
     everything = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(chosen) == count and not set(map(str, chosen)) - set(everything)
     assert files == training_files(run)
+
+
+def test_rows_of_named_columns_are_drawn_under_the_usual_names(tmp_path: Path) -> None:
+    table = tmp_path / "facts.csv"
+    table.write_text("id,facts,text\n1,a,One.\n2,b,Two.\n3,c,Three.\n", encoding="utf-8")
+    setup = a_setup(
+        tmp_path, train_data=str(table), valid_data=str(table), fields="facts:text", variant="csv"
+    )
+    files = training_files(Run(setup, Method.parse("full"), 0.1, 50, 1, 2))
+    assert set(files) == {"train_data", "valid_data"}
+    rows = [read_json_lines(str(path)) for path in files.values()]
+    assert rows[1] == [
+        {"context": "a", "completion": "One."}, {"context": "b", "completion": "Two."},
+        {"context": "c", "completion": "Three."},
+    ]  # fmt: skip
+    assert len(rows[0]) == 2 and all(row in rows[1] for row in rows[0])
 
 
 def test_a_run_is_decoded_as_the_flags_say(tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ class Tiny:
 
     def argv(self, work_dir: str | Path, *more: object) -> list[str]:
         """Arguments of a LoRA run of 12 steps, 6 an epoch, into a folder; `more` rules."""
-        own = ("--lora_dim", 2, "--lora_alpha", 8, "--lora_dropout", 0.2)
-        return self.argv_of((), work_dir, *own, *more)
+        own = ("--lora_dim", "2", "--lora_alpha", "8", "--lora_dropout", "0.2")
+        return self.argv_of(own, work_dir, *more)
 
     def argv_of(self, method: Sequence[str], work_dir: str | Path, *more: object) -> list[str]:
         """Arguments of the same run of a method, which the given flags name."""

@@ -3,13 +3,17 @@ looks at times."""
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+from conftest import finish, start
 
 from benchmarks import common
+from model import GPT2Model
 
 pytest.importorskip("peft", reason="a peer of the benchmarks")
 
@@ -85,3 +89,63 @@ def test_needed_work_counts_products_behind_the_last_attention_for_counted_token
     forward = 4 * (2 * c_attn + behind) + 2 * (behind + head)
     backward = 4 * (c_attn + behind) + 2 * (behind + head)
     assert train.needed_flop(shape, Data(), [0]) == 2 * (forward + backward)
+
+
+TOY_PARTS = {
+    "train-sm": [
+        f"{precision} {way}"
+        for precision, ways in {
+            "fp32": ["padded", "compiled", "peft", "SFTTrainer"],
+            "bf16": ["padded", "packed", "compiled", "peft", "SFTTrainer"],
+        }.items()
+        for way in ways
+    ],
+    "memory": ["fp32 no", "fp32 yes", "bf16 no", "bf16 yes"],
+    "decode": ["fp32 ours", "fp32 transformers", "bf16 ours", "bf16 transformers"],
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the peers
+@pytest.mark.parametrize("part", TOY_PARTS)
+def test_each_part_for_gpus_runs_at_toy_size_and_keeps_its_table(
+    part: str, benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    gpu = benchmark("gpu")
+    monkeypatch.setattr(gpu, "WARM_UP", 1)
+    monkeypatch.setattr(gpu, "STEPS", 1)
+    monkeypatch.setattr(GPT2Model, "compile_blocks", lambda self: None)  # as tests/test_compile.py
+    monkeypatch.setitem(sys.modules, "trl", None)
+    gpu.main(["--part", part, "--device", "cpu", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / f"{part}.json").read_text(encoding="utf-8"))
+    columns = ("precision", "base", "checkpointing", "way")
+    names = [name for name in columns if name in result["rows"][0]]
+    assert [" ".join(row[name] for name in names) for row in result["rows"]] == TOY_PARTS[part]
+    notes = {row.get("way"): row["note"] for row in result["rows"] if "note" in row}
+    assert notes == ({"SFTTrainer": "trl is not installed"} if part == "train-sm" else {})
+    figures = [row for row in result["rows"] if "note" not in row]
+    assert all(row["peak GB"] > 0 for row in figures)
+    assert f"| {names[0]} |" in capsys.readouterr().out.replace("| model |", "|")
+
+
+def test_what_is_not_reached_or_fails_has_a_row_that_says_so(benchmark) -> None:
+    gpu = benchmark("gpu")
+
+    def fails() -> dict:
+        raise RuntimeError("no such kernel\nand a trace")
+
+    cases = [gpu.Case({"n": 1}, lambda: {"ms": 2}), gpu.Case({"n": 2}, fails)]
+    rows = gpu.measure_part(iter(cases), minutes=8)
+    assert rows == [{"n": 1, "ms": 2}, {"n": 2, "note": "failed: RuntimeError: no such kernel"}]
+    assert gpu.table(rows).splitlines()[0] == "| n | ms | note |"
+    rows = gpu.measure_part(iter(cases[:1]), minutes=0)
+    assert rows == [{"n": 1, "note": "not reached in 0 minutes"}]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_the_benchmark_of_gpus_says_so_in_a_sentence() -> None:
+    code, out, err = finish(start(["-m", "benchmarks.gpu"]))
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "error: benchmarks.gpu measures a CUDA device, and PyTorch sees none here; --device cpu "
+        "runs it at toy sizes"
+    ]

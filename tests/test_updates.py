@@ -200,13 +200,15 @@ def nothing_waits() -> Iterator[None]:
 real_steps = EpochSampler.steps
 
 
-def train_guarded(tiny: Tiny, *more: object, deferred: bool = True, scaled: bool = False) -> Run:
+def train_guarded(
+    tiny: Tiny, method: list[str], *more: object, deferred: bool = True, scaled: bool = False
+) -> Run:
     """One epoch of 21 steps in which nothing may wait, without validation and saves."""
     flags = [
         "--train_batch_size", 1, "--grad_acc", 1, "--clip", 0.1, "--log_interval", 7,
-        "--eval_interval", 99, "--save_interval", 99, *more,
+        "--eval_interval", 99, "--save_interval", 99, "--seq_len", 30, *more,
     ]  # fmt: skip
-    args = gpt2_ft.parse_args(tiny.argv("run", *flags))
+    args = gpt2_ft.parse_args(tiny.argv_of(method, "run", *flags))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "defers", lambda *_: deferred)
         run = setup.prepare(args, gpu.parse_gpu(args), tiny.folder / "run", None)
@@ -218,18 +220,28 @@ def train_guarded(tiny: Tiny, *more: object, deferred: bool = True, scaled: bool
     return run
 
 
+METHODS = {
+    "lora": ["--lora_dim=2"],
+    "dora": ["--lora_kind=dora", "--lora_targets=all"],
+    "adapter_h": ["--method=adapter_h", "--adapter_dim=2"],
+    "prefix": ["--method=prefix", "--prefix_length=2", "--prefix_hidden=4"],
+    "full": ["--method=full"],
+}
+
+
 @pytest.mark.parametrize("optimizer", ["original", "torch"])
-@pytest.mark.parametrize(("kind", "scaled"), [("lora", False), ("dora", True)])
+@pytest.mark.parametrize("method", METHODS)
 def test_nothing_in_twenty_deferred_steps_waits_for_the_device(
-    kind: str, scaled: bool, optimizer: str, tiny: Tiny
+    method: str, optimizer: str, tiny: Tiny
 ) -> None:
-    run = train_guarded(tiny, "--optimizer", optimizer, "--lora_kind", kind, scaled=scaled)
+    flags = "--optimizer", optimizer
+    run = train_guarded(tiny, METHODS[method], *flags, scaled=method == "dora")
     assert (run.step, len(run.outstanding)) == (21, 0)
 
 
 def test_checked_steps_wait_and_the_guard_sees_it(tiny: Tiny) -> None:
     with pytest.raises(AssertionError, match="waits for the device"):
-        train_guarded(tiny, deferred=False)
+        train_guarded(tiny, [], deferred=False)
 
 
 @pytest.mark.parametrize(

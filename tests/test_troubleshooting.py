@@ -56,9 +56,11 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         program("gpt2_ft").main(f"{TRAIN} --work_dir runs/mine".split())
+        program("gpt2_ft").main(f"{TRAIN} --work_dir runs/bottleneck --method adapter_l".split())
         shutil.copytree("runs/mine", "runs/damaged")
         damage(Path("runs/damaged/model.2.safetensors"), -1)
-        damage(Path("runs/damaged/state.pt"), 5000)
+        state = Path("runs/damaged/state.pt")
+        damage(state, state.stat().st_size // 2)  # within a tensor
         to_pt = "--to pt --adapter runs/mine --output mine.pt"
         program("convert_adapter").main(f"{to_pt} --init_checkpoint base".split())
     return folder

@@ -1,8 +1,9 @@
 """Print the parity table of docs/methods.md: `python -m experiments.measure_methods`.
 
 Each method against transformers' GPT-2: a bottleneck is added to it by forward hooks, written here
-in plain matrices; of a subset the same parameters are trained. Both start from the shipped nano
-base, see the same batches, and take steps of torch.optim.AdamW, in fp32 on the CPU.
+in plain matrices; a prefix is PEFT's; of a subset the same parameters are trained. Both start from
+the shipped nano base, see the same batches, and take steps of torch.optim.AdamW, in fp32 on the
+CPU.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.nn.functional as F
 import transformers
@@ -19,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoints
 import loralib as lora
 from data_utils import FT_Dataset, Item, load_tokenizer
-from methods import Bottleneck, BottleneckConfig, train_added, train_only
+from methods import Bottleneck, BottleneckConfig, PrefixConfig, train_added, train_only
 from model import GPT2Config, GPT2LMModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +31,7 @@ PaddedBatch = tuple[Tensor, Tensor, Tensor]  # ids (B, T), the tokens that follo
 METHODS: dict[str, Callable[[GPT2LMModel], object]] = {
     "adapter_l": train_added,
     "adapter_h": train_added,
+    "prefix": train_added,
     "full": lambda model: None,
     "top2": lambda model: train_only(model, *model.transformer.h[-2:], model.transformer.ln_f),
     "bitfit": lambda model: lora.mark_only_lora_as_trainable(model, "all"),
@@ -90,6 +93,8 @@ def pair(
     theirs = peer(config)
     theirs.load_state_dict(dict(base), strict=False)
     theirs.requires_grad_(False)
+    if config.prefix:
+        return ours, *with_prefix(theirs, ours, config.prefix)
     known, found = dict(theirs.named_parameters()), {}
     generator = torch.Generator().manual_seed(seed)
     for path, module in ours.named_modules():
@@ -107,6 +112,27 @@ def pair(
         if own.requires_grad and name not in found:
             found[name] = known[name].requires_grad_()
     return ours, theirs, found
+
+
+def with_prefix(
+    theirs: nn.Module, ours: GPT2LMModel, config: PrefixConfig
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Transformers' model with PEFT's prefix, whose generator starts where ours does, and its
+    parameters by our names."""
+    settings = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=config.length, prefix_projection=True,
+        encoder_hidden_size=config.hidden,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(theirs, settings)
+    encoder: Any = theirs.prompt_encoder["default"]
+    parameters = {"embedding": encoder.embedding.weight}
+    parameters |= {f"generator.{name}": p for name, p in encoder.transform.named_parameters()}
+    found = {f"transformer.prefix.{name}": parameter for name, parameter in parameters.items()}
+    own = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in found.items():
+            parameter.copy_(own[name])
+    return theirs.eval(), found
 
 
 def padded(items: Sequence[Item]) -> PaddedBatch:
@@ -160,7 +186,11 @@ def main() -> None:
     batches = [padded([rows[4 * step + i] for i in range(4)]) for step in range(20)]
     print("| method | logits | gradients | losses of 20 steps |\n|---|---|---|---|")
     for method in METHODS:
-        kind = {"bottleneck": BottleneckConfig(8, method)} if "adapter" in method else {}
+        kind: dict[str, Any] = {}
+        if "adapter" in method:
+            kind = {"bottleneck": BottleneckConfig(8, method)}
+        elif method == "prefix":
+            kind = {"prefix": PrefixConfig(5, 512)}
         config = checkpoints.model_config(None, base, **kind)
         found = differences(method, base.tensors, config, batches)
         print(f"| {method} | {' | '.join(f'{value:.1e}' for value in found.values())} |")

@@ -20,7 +20,7 @@ from checkpoints.card import Origin, model_card
 from decoding import SearchSettings, beam_search
 from decoding.packed import pack
 from experiments import measure_methods
-from methods import Bottleneck, BottleneckConfig, is_added
+from methods import Bottleneck, BottleneckConfig, PrefixConfig, is_added
 from model import GPT2Config, GPT2LMModel
 
 KINDS = ("adapter_l", "adapter_h")
@@ -78,6 +78,8 @@ def test_a_bottleneck_computes_what_loops_over_its_formula_do(
 
 def of_method(method: str) -> GPT2Config:
     settings = {"bottleneck": BottleneckConfig(3, method)} if method in KINDS else {}
+    if method == "prefix":
+        settings = {"prefix": PrefixConfig(3, 8)}
     return GPT2Config(**SHAPE, **settings)
 
 

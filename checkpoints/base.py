@@ -350,8 +350,11 @@ def model_config(card: str | None, base: BaseWeights | None, **settings: Any) ->
 def check_window(seq_len: int, n_positions: int, virtual_tokens: int = 0) -> None:
     """Raise InputError unless `seq_len` tokens have a position each after a prefix."""
     if seq_len + virtual_tokens > n_positions:
-        prefix = f" with a prefix of {virtual_tokens}" if virtual_tokens else ""
-        raise InputError(f"--seq_len {seq_len}{prefix} is above the model's {n_positions}")
+        prefix = advice = ""
+        if virtual_tokens:
+            prefix = f" with a prefix of {virtual_tokens}"
+            advice = f"; give at most {n_positions - virtual_tokens}"
+        raise InputError(f"--seq_len {seq_len}{prefix} is above the model's {n_positions}{advice}")
 
 
 def card_of(state: Mapping[str, Tensor]) -> str:

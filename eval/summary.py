@@ -137,11 +137,15 @@ def headline(result: dict) -> str:
     seconds = ", ".join(f"{name} {value:g} s" for name, value in result["seconds"].items())
     loss = result["best_valid_loss"]
     best = "" if loss is None else f", best valid loss {loss:.4f} at step {result['best_step']}"
-    method, dim = settings.get("method", "lora"), settings.get("adapter_dim")
-    what = f"r {settings['lora_dim']}" if method == "lora" else f"{method} {dim or ''}".rstrip()
+    method = settings.get("method", "lora")
+    size = settings.get("adapter_dim") or settings.get("prefix_length") or ""
+    what = f"r {settings['lora_dim']}" if method == "lora" else f"{method} {size}".rstrip()
+    count = f"{settings['trained_parameters']:,} trained"
+    if method == "prefix":  # what is trained makes these
+        count = f"{settings['saved_parameters']:,} saved"
     return (
-        f"{settings['model_card']}, {what}, {settings['trained_parameters']:,} "
-        f"trained, seed {settings['random_seed']}, {result['steps']:,} steps{best}; {seconds}"
+        f"{settings['model_card']}, {what}, {count}, "
+        f"seed {settings['random_seed']}, {result['steps']:,} steps{best}; {seconds}"
     )
 
 

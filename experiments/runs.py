@@ -273,6 +273,8 @@ def describe(run: Run, seconds: dict[str, float | None]) -> dict[str, Any]:
     run_json = read_json(run.folder / "run.json")
     options = dict(run.method.settings)
     assert header and header.settings  # it was trained here
+    # What makes a prefix in training is no part of it.
+    counted = "saved_parameters" if header.prefix else "trained_parameters"
     result = {
         "kind": run.method.kind,
         "rank": int(options.get("r", 0)),
@@ -282,7 +284,7 @@ def describe(run: Run, seconds: dict[str, float | None]) -> dict[str, Any]:
         "lr": run.lr,
         "steps": header.step,
         "batch": header.settings["global_batch"],
-        "trainable": run_json["settings"]["trained_parameters"],
+        "trainable": run_json["settings"][counted],
         "valid_loss": {
             "last": curves["valid"][-1][1],
             "best": min(loss for _, loss in curves["valid"]),

@@ -28,6 +28,7 @@ import checkpoints
 import convert_adapter
 import gpt2_beam
 import gpt2_ft
+import loralib
 from common.batch import Spans
 from common.errors import InputError
 from data_utils import load_tokenizer
@@ -470,3 +471,14 @@ def test_two_processes_train_a_prefix_as_one_does(nano: Tiny) -> None:
         gpt2_ft.main([*again, "--resume_anyway"])
     one, other = (checkpoints.read_adapter(nano.folder / f"{n}:last")[1] for n in ("one", "two"))
     assert error(one[KEPT], other[KEPT]) < 1e-5
+
+
+def test_rows_of_one_batch_cannot_have_a_prefix_each(tiny: Tiny, run: Path) -> None:
+    base, models = checkpoints.load_adapters(tiny.base, {"p": run})
+    with torch.no_grad():
+        assert error(models["p"](IDS)[0], base(IDS)[0]) > 1e-3
+    with (
+        pytest.raises(ValueError, match="'p' has transformer.prefix.key_values, which no row can"),
+        loralib.adapters_by_row(base, models, ["p", None, None]),
+    ):
+        pass

@@ -210,7 +210,7 @@ class Block(nn.Module):
             mixed = self.attn(prepend(prefix, fused, spans), longer, cache)
             mixed = drop_first(len(prefix), mixed, longer)
         if needed is not None:
-            x, mixed = x[needed], mixed[needed]
+            x, mixed = x.index_select(0, needed), mixed.index_select(0, needed)
         return finish(self, x, mixed)
 
     def decode_step(self, x: Tensor, cache: Cache, layer: int) -> Tensor:

@@ -145,20 +145,20 @@ class AdamW(Optimizer):
         advance = self._advance_on_device if group["capturable"] else self._advance
         shrink_m, shrink_v, rates, shrink_p = advance(states, group)
         beta1, beta2 = group["betas"]
-        _multiply(m, shrink_m)
+        torch._foreach_mul_(m, shrink_m)
         torch._foreach_add_(m, grads, alpha=1 - beta1)
-        _multiply(v, shrink_v)
+        torch._foreach_mul_(v, shrink_v)
         torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, group["eps"])
         if isinstance(rates, Tensor):  # which addcdiv does not take
-            changes = torch.ops.aten._foreach_mul.Tensor(m, rates)
+            changes = torch._foreach_mul(m, rates)
             torch._foreach_div_(changes, denominators)
             torch._foreach_add_(params, changes)
         else:
             torch._foreach_addcdiv_(params, m, denominators, rates)
         if group["weight_decay"]:
-            _multiply(params, shrink_p)
+            torch._foreach_mul_(params, shrink_p)
 
     def _advance(self, states: list[dict], group: dict) -> tuple[float, float, list[float], float]:
         """Count the step; return what m and v are multiplied by, the rate of each parameter, and
@@ -172,6 +172,7 @@ class AdamW(Optimizer):
         """Do what `_advance` does, in scalar tensors, which change nothing if it is skipped."""
         steps = [state["step"] for state in states]
         skipped = torch.zeros_like(steps[0]) if self.found_inf is None else self.found_inf
+        # A list, as _foreach_add_ would ask a single tensor for its number, and wait.
         torch._foreach_add_(steps, [1 - skipped] * len(steps))
         step = steps[0].double()
         beta1, beta2 = (torch.full_like(step, beta) for beta in group["betas"])
@@ -185,21 +186,13 @@ class AdamW(Optimizer):
         """Load a state, whether its step numbers are tensors or not."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
+            on_device = group.setdefault("capturable", False)
             for p in group["params"]:
                 if state := self.state.get(p):
-                    step = float(state["step"])
-                    capturable = group["capturable"]
+                    step = int(state["step"])
                     state["step"] = (
-                        torch.full((), step, device=p.device) if capturable else int(step)
+                        torch.tensor(float(step), device=p.device) if on_device else step
                     )
-
-
-def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
-    """Multiply tensors in place; torch._foreach_mul_ would ask a scalar tensor for its number."""
-    if isinstance(factor, Tensor):
-        torch.ops.aten._foreach_mul_.Tensor(tensors, factor)
-    else:
-        torch._foreach_mul_(tensors, factor)
 
 
 def _bias_correction(step: int | Tensor, group: dict) -> Any:

@@ -121,3 +121,19 @@ def test_a_figure_of_runs_without_scores_has_no_empty_panel(tmp_path: Path, monk
             (tmp_path / "run" / "scores.json").write_text(json.dumps(RESULT), encoding="utf-8")
         plot_run.main([str(tmp_path / "run"), "--output", str(tmp_path / "runs.png")])
     assert panels == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"lora_dim": 4}, "r 4"),  # a run of before there were methods
+        ({"lora_dim": 8, "method": "lora", "adapter_dim": None}, "r 8"),
+        ({"lora_dim": 0, "method": "adapter_l", "adapter_dim": 6}, "adapter_l 6"),
+        ({"lora_dim": 0, "method": "adapter_h", "adapter_dim": 112}, "adapter_h 112"),
+        ({"lora_dim": 0, "method": "full", "adapter_dim": None}, "full"),
+    ],
+)
+def test_the_headline_names_the_method_and_its_size(chosen: dict, words: str) -> None:
+    own = {"model_card": "gpt2.md", "trained_parameters": 1000, "random_seed": 1} | chosen
+    result = {"settings": own, "seconds": {}, "best_valid_loss": None, "steps": 2}
+    assert summary.headline(result).startswith(f"gpt2.md, {words}, 1,000 trained, seed 1, 2 steps")

@@ -27,12 +27,14 @@ SHOWN_SETTINGS = (
     "lora_plus_ratio", "lr", "scheduler", "warmup_step", "weight_decay", "label_smooth",
     "global_batch", "max_step", "random_seed", "trained_parameters",
 )  # fmt: skip
+SIZES = ("adapter_dim", "prefix_length")  # of the methods that have one
 
 
 def show_settings(run: Run) -> None:
     """Put the settings of a run on the page of hyper-parameters, beside its best validation loss,
     or the last training loss where nothing is validated."""
     own = {name: run.flags[name] for name in SHOWN_SETTINGS} | {"kind": run.header.kind}
+    own |= {name: run.flags[name] for name in SIZES if run.flags[name]}
     run.log.show_settings(own, BEST_LOSS if run.valid else TAGS["loss"])
 
 

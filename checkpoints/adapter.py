@@ -161,8 +161,14 @@ def _read_peft(folder: Path, base: BaseWeights | None) -> tuple[AdapterHeader, d
             own_header = AdapterHeader.from_json(metadata["adapter"], f"--adapter {tensors_path}")
     else:
         tensors = read_tensors(folder / "adapter_model.bin")
+    kind = config.get("peft_type")
+    if kind not in ("LORA", peft_prefix.PEFT_TYPE):
+        raise InputError(
+            f"--adapter {folder}: peft_type is {kind!r:.40}; only LORA and {peft_prefix.PEFT_TYPE} "
+            "can be read"
+        )
     try:
-        if config.get("peft_type") == peft_prefix.PEFT_TYPE:
+        if kind == peft_prefix.PEFT_TYPE:
             return peft_prefix.read(config, tensors, own_header, base)
         return peft_adapter.read(config, tensors, own_header, base.tensors if base else None)
     except InputError as error:

@@ -1,6 +1,7 @@
 """Prefix tuning: PEFT's numbers, loop-written attention, decoding, files, resumption."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import (
+    FUZZ,
     METHODS,
     ROOT,
     TINY_CARD,
@@ -21,6 +23,7 @@ from conftest import (
     write_rows,
 )
 from test_adapter_formats import IDS, SHAPE, convert, error, hf_base
+from test_adapter_header import mutated
 from test_resume import Killed, die_in_call, same_runs
 from torch import Tensor
 
@@ -343,7 +346,7 @@ def test_a_prefix_that_peft_trained_gives_its_logits_here(tiny: Tiny, hidden: in
         ({"num_layers": 4, "token_dim": 8}, "key_values of shape .* does not fit the model"),
         ({"num_virtual_tokens": True}, "num_virtual_tokens is True"),
         ({"token_dim": None}, "token_dim is None"),
-        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; only LORA"),
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; only LORA and PRE"),
     ],
     ids=str,
 )
@@ -357,6 +360,21 @@ def test_a_setting_of_pefts_that_cannot_be_honoured_is_refused_by_name(
     path.write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(InputError, match=message):
         checkpoints.load(tiny.base, folder, model_card=tiny.card)
+
+
+def test_whatever_a_configuration_holds_it_is_read_or_refused_in_one_sentence(tiny: Tiny) -> None:
+    folder = tiny.folder / "peft"
+    pefts(tiny, ours()).save_pretrained(folder)
+    path, refused = folder / "adapter_config.json", 0
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for seed in range(150 * FUZZ):
+        path.write_text(json.dumps(mutated(config, random.Random(seed))), encoding="utf-8")
+        try:
+            checkpoints.load(tiny.base, folder, model_card=tiny.card)
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+            refused += 1
+    assert 50 * FUZZ < refused < 150 * FUZZ
 
 
 def test_a_folder_with_other_tensors_than_the_numbers_is_refused(tiny: Tiny) -> None:

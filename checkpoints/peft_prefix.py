@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoints.base import BaseWeights
 from checkpoints.header import LARGEST_PREFIX, AdapterHeader, Base
 from common.errors import InputError
-from methods.prefix import KEPT, PARTS, PrefixConfig
+from methods.prefix import KEY_VALUES, PARTS, PrefixConfig
 from model import MODEL_CARDS, GPT2Config
 
 PEFT_TYPE, TENSOR = "PREFIX_TUNING", "prompt_embeddings"
@@ -60,7 +60,7 @@ def read(
     )
     if own_header is not None and own_header.prefix == header.prefix:
         header = own_header
-    return header, {KEPT: numbers.reshape(length, layers, PARTS, width)}
+    return header, {KEY_VALUES: numbers.reshape(length, layers, PARTS, width)}
 
 
 def _sizes(config: Mapping[str, Any], base: BaseWeights | None) -> tuple[int, int, int]:
@@ -96,7 +96,7 @@ def write(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Configuration, tensors and file metadata of the PEFT folder for a prefix of such a model,
     whose base PEFT finds as `base_name`."""
-    numbers = tensors[KEPT]
+    numbers = tensors[KEY_VALUES]
     config = {
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",

@@ -6,7 +6,7 @@ Li & Liang 2021 (arXiv:2101.00190, section 4). The base is frozen, and layer l c
     P = tanh(E W1 + b1) W2 + b2             E (n, C), W1 (C, h), W2 (h, 2·L·C)
 
 of which E, W1, b1, W2 and b2, the generator, are trained: training P itself is less stable and ends
-worse (section 4.3). After training the generator has done its part, P alone is kept. The text's
+worse (section 4.3). After training the generator has done its part; P alone is saved. The text's
 positions start at n. A prefix is no change of any weight: it cannot be merged.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.batch import Spans
 
 PARTS = 2  # keys and values
-KEPT = "transformer.prefix.key_values"  # the name of P in a model without generator
+KEY_VALUES = "transformer.prefix.key_values"  # the name of P in a model without generator
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Prefix(nn.Module):
 
     @property
     def count(self) -> int:
-        """How many numbers are kept, 2·L·C·n."""
+        """How many numbers P has, 2·L·C·n."""
         return math.prod(self.shape)
 
     def start(self) -> None:
@@ -78,7 +78,7 @@ class Prefix(nn.Module):
                 layer.reset_parameters()
 
     def numbers(self) -> Tensor:
-        """P (n, L, 2, C), always in fp32, so that training has seen the numbers that are kept."""
+        """P (n, L, 2, C), always in fp32, so that training sees the numbers that are saved."""
         if not hasattr(self, "generator"):
             return self.key_values
         with torch.autocast(self.embedding.device.type, enabled=False):

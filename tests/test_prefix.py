@@ -38,7 +38,7 @@ from data_utils import load_tokenizer
 from decoding import SearchSettings, beam_search
 from decoding.generate import generate, text_of
 from decoding.sampling import SamplingSettings, sample
-from methods.prefix import KEPT, Prefix, PrefixConfig, drop_first, prepend
+from methods.prefix import KEY_VALUES, Prefix, PrefixConfig, drop_first, prepend
 from model import GPT2Config, GPT2LMModel
 from training.resume import State
 
@@ -263,13 +263,13 @@ def test_an_adapter_file_holds_the_final_numbers_alone_and_state_what_makes_them
     assert header is not None and header.kind == "prefix"
     assert header.prefix == PrefixConfig(LENGTH) and header.to_fields()["prefix_length"] == LENGTH
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
-        KEPT: [LENGTH, TINY_CARD["n_layer"], 2, TINY_CARD["n_embd"]]
+        KEY_VALUES: [LENGTH, TINY_CARD["n_layer"], 2, TINY_CARD["n_embd"]]
     }
     state = State.read(run / "state.pt")
-    assert KEPT not in state.trained and all(".prefix." in name for name in state.trained)
+    assert KEY_VALUES not in state.trained and all(".prefix." in name for name in state.trained)
     model = ours()
     checkpoints.apply_trained(model, state.trained, "state.pt")
-    assert torch.equal(prefix_of(model).numbers(), tensors[KEPT])
+    assert torch.equal(prefix_of(model).numbers(), tensors[KEY_VALUES])
     decoder, _ = checkpoints.load(tiny.base, f"{run}:last", model_card=tiny.card)
     with torch.no_grad():
         assert torch.equal(decoder(IDS)[0], model.eval()(IDS)[0])
@@ -482,13 +482,13 @@ def test_two_processes_train_a_prefix_as_one_does(nano: Tiny) -> None:
     assert code == 0, err
     gpt2_ft.main(nano.argv_of(METHODS["prefix"], "one", *more))
     one, other = (checkpoints.read_adapter(nano.folder / f"{n}:last")[1] for n in ("one", "two"))
-    assert error(one[KEPT], other[KEPT]) < 1e-5
+    assert error(one[KEY_VALUES], other[KEY_VALUES]) < 1e-5
     more[1] = 9  # and one process takes over from two
     for name in ("one", "two"):
         again = nano.argv_of(METHODS["prefix"], name, *more, "--resume", "auto")
         gpt2_ft.main([*again, "--resume_anyway"])
     one, other = (checkpoints.read_adapter(nano.folder / f"{n}:last")[1] for n in ("one", "two"))
-    assert error(one[KEPT], other[KEPT]) < 1e-5
+    assert error(one[KEY_VALUES], other[KEY_VALUES]) < 1e-5
 
 
 def test_rows_of_one_batch_cannot_have_a_prefix_each(tiny: Tiny, run: Path) -> None:

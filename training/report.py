@@ -12,7 +12,7 @@ import gpu
 from gpu import Runtime
 from methods import table_3_row
 from model import GPT2LMModel
-from training.run import Interval, Plan, Run, RunSettings, kept_tensors
+from training.run import Interval, Plan, Run, RunSettings, state_tensors
 
 # Of flags that differ from the recipe's, those that say nothing of the training.
 UNINTERESTING = {
@@ -77,14 +77,14 @@ def saved_parameters(model: nn.Module) -> int:
     prefix = cast(GPT2LMModel, model).transformer.prefix
     if prefix is not None:
         return prefix.count
-    return sum(tensor.numel() for tensor in kept_tensors(model).values())
+    return sum(tensor.numel() for tensor in state_tensors(model).values())
 
 
 def print_disk(model: nn.Module, plan: Plan, settings: RunSettings, validates: bool) -> None:
     """Print how much disk the files of a run take at most, and whether there is as much."""
-    kept = sum(tensor.numel() for tensor in kept_tensors(model).values())
+    stored = sum(tensor.numel() for tensor in state_tensors(model).values())
     adapter = 4 * saved_parameters(model)
-    state = 4 * (kept + 2 * trained_parameters(model))  # with two moments
+    state = 4 * (stored + 2 * trained_parameters(model))  # with two moments
     last = plan.max_step + 1
     saves = {*range(settings.save_interval, last, settings.save_interval), plan.max_step}
     count = len(saves.union(range(plan.steps_per_epoch, last, plan.steps_per_epoch)))

@@ -129,7 +129,7 @@ def save(run: Run) -> None:
         state = State(
             header=run.header,
             progress={name: getattr(run, own) for name, own in PROGRESS.items()},
-            trained={name: p.detach() for name, p in run.kept.items()},
+            trained={name: p.detach() for name, p in run.in_state.items()},
             optimizer=run.optimizer.state_dict(),
             scheduler=run.scheduler.state_dict(),
             scaler=run.scaler.state_dict(),
@@ -285,7 +285,7 @@ def _refusing_bad_content(source: Path) -> Iterator[None]:
 
 
 def _restore_tensors(run: Run, state: State) -> None:
-    if missing := sorted(run.kept.keys() - state.trained.keys()):
+    if missing := sorted(run.in_state.keys() - state.trained.keys()):
         raise ValueError(f"it lacks {missing[0]}")
     model = cast(GPT2LMModel, gpu.unwrap(run.model))
     checkpoints.apply_trained(model, state.trained, "state.pt")

@@ -19,7 +19,7 @@ import loralib as lora
 from checkpoints import AdapterHeader
 from data_utils import EpochSampler, FT_Dataset
 from gpu import Runtime
-from methods.prefix import KEPT
+from methods.prefix import KEY_VALUES
 from model import GPT2LMModel
 from training.log import RunLog
 from training.updates import Updates
@@ -148,9 +148,9 @@ class Run:
         return saved_tensors(gpu.unwrap(self.model))
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def in_state(self) -> dict[str, Tensor]:
         """The tensors of state.pt by name."""
-        return kept_tensors(gpu.unwrap(self.model))
+        return state_tensors(gpu.unwrap(self.model))
 
     def adapter_path(self, name: int | str) -> Path:
         """Return `model.{name}.safetensors` in the work_dir; the name is a step, or best."""
@@ -166,10 +166,10 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what an adapter file holds of a model, by name: of a prefix its numbers, which the
     trained tensors make; of all else what state.pt holds."""
     prefix = cast(GPT2LMModel, model).transformer.prefix
-    return {KEPT: prefix.numbers().detach()} if prefix is not None else kept_tensors(model)
+    return {KEY_VALUES: prefix.numbers().detach()} if prefix is not None else state_tensors(model)
 
 
-def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what a run resumes from, by name: the trained tensors, and what an adapter's kind
     keeps frozen."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -5,7 +5,7 @@
 # are downloaded into data_raw/, unless the split has been made already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} # the standard library is enough
+python=${PYTHON:-python3} # with the packages of requirements.txt
 
 convert() { # TASK FILE SPLIT
   local target=datasets/$1/$3.jsonl source=

@@ -184,8 +184,9 @@ def test_a_comparison_ends_with_a_table_a_picture_and_differences(
     first, *rows = [line.split(" | ") for line in report.splitlines() if line.startswith("|")]
     assert first[:5] == ["| method", "trained", "lr", "BLEU", "NIST"]
     assert [row[0] for row in rows if len(row) == len(first)][1:] == [
-        "| LoRA, r 2, fc,proj", "| full fine-tuning",
+        "| LoRA, r 2, fc,proj", "| LoRA, r 2, x", "| full fine-tuning",
     ]  # fmt: skip
+    assert not set("".join(rows[2][1:])) - set("| ")  # it could not be trained
     assert report.endswith("![comparison](comparison.png)\n")
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     [found] = json.loads((out / "significance" / "comparison.json").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from common.process_group import leave, naming_lost_ranks, speaking_once
 from common.sample import sample_settings
 from data_utils import FT_Dataset
 from gpu import Runtime
+from model import GPT2LMModel
 from optimizer import add_optimizer_params
 from training.flags import (
     add_data_flags,
@@ -48,7 +50,7 @@ from training.report import (
     print_sizes,
 )
 from training.resume import check_equal_states, confirm_save, find_state, last_good, save
-from training.run import Run, write_best
+from training.run import Interrupted, Run, write_best
 from training.setup import prepare, show_plan
 from training.tensorboard import show_settings, show_validation
 from training.trackers import import_wandb
@@ -123,7 +125,7 @@ def train_validate(run: Run, epoch: int) -> None:
             log_training(run, epoch)
         if run.finished or run.batches_taken % steps == 0:
             break
-        if run.step % settings.eval_interval == 0:
+        if run.validation_due:
             validate(run, epoch)
         if run.step % settings.save_interval == 0 or run.save_due:
             save(run)
@@ -226,39 +228,54 @@ def count_bad_step(run: Run) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: FT_Dataset, runtime: Runtime, batch_size: int
+    model: nn.Module,
+    data: FT_Dataset,
+    runtime: Runtime,
+    batch_size: int,
+    between: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
     """Return the loss per counted token, without smoothing, and its perplexity.
 
     Every row counts once, by its tokens: the result does not depend on batch size or processes.
+    All ranks call `between` together before each of their batches.
     """
     model = gpu.unwrap(model)
-    model.eval()
     mine = range(runtime.rank, len(data), runtime.world_size)
+    most = math.ceil(len(data) / runtime.world_size)
     loss_sum = count = 0.0
-    for start in range(0, len(mine), batch_size):
-        batch = runtime.to_device(data.batch(mine[start : start + batch_size]))
-        with runtime.autocast():
-            _, loss = model(batch)
-        loss_sum += float(loss) * batch.count
-        count += batch.count
-    model.train()
+    model.eval()
+    try:
+        for start in range(0, most, batch_size):
+            between()
+            if rows := mine[start : start + batch_size]:
+                batch = runtime.to_device(data.batch(rows))
+                with runtime.autocast():
+                    _, loss = model(batch)
+                loss_sum += float(loss) * batch.count
+                count += batch.count
+    finally:
+        model.train()
     loss_sum, count = runtime.sum(loss_sum, count)
     return loss_sum / count, perplexity(loss_sum / count)
 
 
 def validate(run: Run, epoch: int) -> None:
-    """Evaluate, log, and write the adapter if it is the best so far; once per step at most."""
+    """Evaluate, log, and write the adapter if it is the best so far; once per step at most. What a
+    signal interrupts counts as not begun."""
     if run.valid is None or run.validated_step == run.step:
         return
-    run.validated_step = run.step
-    loss, _ = evaluate(run.model, run.valid, run.runtime, run.settings.valid_batch_size)
-    better = loss < run.best_loss
-    run.no_better = 0 if better else run.no_better + 1
+    size, scores = run.settings.valid_batch_size, {}
+    try:
+        loss, _ = evaluate(run.model, run.valid, run.runtime, size, run.obey_signals)
+        if run.valid_texts:
+            model = cast(GPT2LMModel, gpu.unwrap(run.model))
+            scores = run.valid_texts.score(model, run.runtime, run.obey_signals)
+    except Interrupted:
+        return
+    better = run.count_validation(loss, scores)
     if better:
-        run.best_loss, run.best_step = loss, run.step
         write_best(run)
-    log_validation(run, epoch, loss, better)
+    log_validation(run, epoch, loss, scores, better)
     show_validation(run)
 
 
@@ -303,6 +320,8 @@ def fine_tune(args: argparse.Namespace, runtime: Runtime) -> None:
         if is_first:
             stack.enter_context(run.log.opened(run.flags, run.step, run.validated_step))
             show_settings(run)
+        if run.validation_due:
+            validate(run, run.epoch)  # which a signal may have interrupted
         for epoch in itertools.count(run.epoch):
             train_validate(run, epoch)
             if run.finished or epoch == run.plan.max_epoch:

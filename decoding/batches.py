@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data_utils import Rows
 from decoding.beam_search import Hypothesis
 from decoding.generate import Settings, complete
-from decoding.journal import Journal
+from decoding.journal import Found, Journal
 from decoding.sources import Task
 from gpu import Runtime
 from model import GPT2LMModel
@@ -68,6 +68,26 @@ def make_batches(
     return batches
 
 
+def search_batch(
+    runtime: Runtime,
+    model: GPT2LMModel,
+    batch: Batch,
+    settings: Settings,
+    num_return_sequences: int = 1,
+    on_done: Callable[[int], object] | None = None,
+) -> Found:
+    """Return the hypotheses of each context of a batch. A context that is sampled has the number of
+    its first row.
+
+    Raises:
+        ValueError: the model's logits are NaN.
+    """
+    prompts = [torch.tensor(context, device=runtime.device) for context in batch.contexts]
+    arguments = len(prompts), num_return_sequences, on_done, batch.rows
+    with runtime.autocast():
+        return complete(model, prompts, settings, *arguments)
+
+
 def decode_batches(
     runtime: Runtime,
     batches: Sequence[Batch],
@@ -77,8 +97,7 @@ def decode_batches(
     journal: Journal,
 ) -> dict[tuple[Task, Context], list[Hypothesis]]:
     """Decode this process's share of the batches but those that the journal has, and return the
-    hypotheses of every task and context, those of all processes. A context that is sampled has the
-    number of its first row.
+    hypotheses of every task and context, those of all processes.
 
     Raises:
         ValueError: the model's logits are NaN.
@@ -90,20 +109,20 @@ def decode_batches(
         for task, own in groupby(mine, key=lambda batch: batch.task):
             model = load_model(task)
             for batch in own:
-                prompts = [torch.tensor(c, device=runtime.device) for c in batch.contexts]
-                with runtime.autocast():
-                    found = complete(
-                        model,
-                        prompts,
-                        settings,
-                        len(prompts),
-                        num_return_sequences,
-                        bar.update,
-                        batch.rows,
-                    )
+                found = search_batch(
+                    runtime, model, batch, settings, num_return_sequences, bar.update
+                )
                 journal.keep(batch.number, found)
-    found_by_number: dict[int, list[list[Hypothesis]]] = {}
-    for part in runtime.gather(journal.found):
+    return gather_batches(runtime, batches, journal.found)
+
+
+def gather_batches(
+    runtime: Runtime, batches: Sequence[Batch], own: Mapping[int, Found]
+) -> dict[tuple[Task, Context], list[Hypothesis]]:
+    """Return the hypotheses of every task and context on every process, each of which gives what it
+    has found, by the numbers of the batches."""
+    found_by_number: dict[int, Found] = {}
+    for part in runtime.gather(own):
         found_by_number |= part
     return {
         (batch.task, context): hypotheses

@@ -1,5 +1,8 @@
 """A model's weights laid out once for fast decoding on a CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -44,3 +47,25 @@ def pack(model: GPT2LMModel) -> GPT2LMModel:
             model.set_submodule(name, PackedLinear(rows, layer.bias))
         model.packed_head = PackedLinear(model.head_weight, None)
     return model
+
+
+@contextmanager
+def lent_to_decoding(model: GPT2LMModel, precision: str) -> Iterator[GPT2LMModel]:
+    """Within the block a model that is being trained decodes as one that was loaded to decode: in
+    eval mode, merged and, in fp32, packed. After it every module and tensor is the one it was."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, loralib.LoRALayer)]
+    was_training = model.training
+    try:
+        model.eval()
+        if precision == "fp32":
+            pack(model)
+        else:
+            for _, layer in layers:
+                layer.merge()
+        yield model
+    finally:
+        model.packed_head = None
+        for name, layer in layers:
+            model.set_submodule(name, layer)
+            layer.unmerge()
+        model.train(was_training)

@@ -21,7 +21,7 @@ from data.fields import add_fields_flag
 from eval import bootstrap, coco, official, tables, texts
 from eval.coverage import variety
 from eval.measure import Measure
-from eval.metrics import METRICS, OF_INPUTS, Measured, measure, sacrebleu_scores
+from eval.metrics import METRICS, OF_INPUTS, Measured, measure, metrics_of, sacrebleu_scores
 from eval.slots import counts_of
 from eval.texts import Item, warn
 from eval.tokens import TOKENIZERS
@@ -94,8 +94,8 @@ def named_metrics(task: str, given: str | None) -> tuple[str, ...]:
     Raises:
         InputError: the task has no metric of such a name.
     """
-    official = {name.lower(): name for name in METRICS[task]}
-    asked = (given or ",".join(official)).lower().replace("-", "_").split(",")
+    official = {name.lower(): name for name in metrics_of(task)}
+    asked = (given or ",".join(METRICS[task])).lower().replace("-", "_").split(",")
     if unknown := [name for name in asked if name not in official]:
         raise InputError(f"--metrics {', '.join(unknown)}: task {task} has {', '.join(official)}")
     return tuple(name for low, name in official.items() if low in asked)

@@ -26,9 +26,15 @@ METRICS = {
     "dart": (*WEBNLG, "coverage"),
     "own": (*OWN, "coverage"),
 }
+ON_REQUEST = {"e2e": ("chrF++",)}  # scored where they are named
 LOWER_IS_BETTER = {"TER", "SER"}
 
 Makers = dict[str, Callable[[list[str]], Measure]]
+
+
+def metrics_of(task: str) -> tuple[str, ...]:
+    """Every metric that the task has, those that are scored on request last."""
+    return METRICS[task] + ON_REQUEST.get(task, ())
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ def _e2e_makers(references: list[list[str]], meteor: coco.Meteor, tokenize: str 
         "METEOR": lambda texts: meteor.measure(words(), own_words(tuple(texts))),
         "ROUGE_L": lambda texts: coco.rouge_l(words(), own_words(tuple(texts))),
         "CIDEr": lambda texts: coco.cider(words(), own_words(tuple(texts))),
+        "chrF++": lambda texts: webnlg.chrf(references, texts, tokenize, eps_smoothing=False),
     }
 
 
@@ -76,13 +83,22 @@ def _own_makers(references: list[list[str]], meteor: coco.Meteor, tokenize: str 
 MAKERS = {"e2e": _e2e_makers, "webnlg": _webnlg_makers, "dart": _webnlg_makers, "own": _own_makers}
 
 
-def _slot_error_rate(contexts: Sequence[str], texts: list[str]) -> Measure:
+def check_meanings(contexts: Sequence[str]) -> None:
+    """Refuse contexts that are no meaning representations of E2E.
+
+    Raises:
+        Unscored: names what is none, or the slots that E2E has not.
+    """
     try:
         used = {slot for mr in contexts for slot, _ in slots.parse_meaning(mr)}
     except InputError as error:
         raise Unscored(f"an input is no meaning representation: {error}") from error
     if others := sorted(used - set(slots.SLOTS)):
         raise Unscored(f"the inputs have slots that E2E has not: {named(others)}")
+
+
+def _slot_error_rate(contexts: Sequence[str], texts: list[str]) -> Measure:
+    check_meanings(contexts)
     return slots.slot_error_rate(slots.slot_errors(contexts, texts))
 
 
@@ -123,7 +139,7 @@ def measure(
 ) -> Measured:
     """Measure each system (one text per item) against the references (texts by item).
 
-    `names` are some of `METRICS[task]`; a metric that cannot score these texts, or that the
+    `names` are some of `metrics_of(task)`; a metric that cannot score these texts, or that the
     contexts (one per item) do not fit, gets a reason in place of measures; without contexts the
     metrics `OF_INPUTS` are left out. `meteor` must stay open while METEOR's measures are in use.
     `tokenize` names the tokens of BLEU and NIST and the words of chrF++, if not those of the task.
@@ -148,19 +164,21 @@ def measure(
             measures[name] = [makers[name](hypotheses) for hypotheses in systems]
         except Unscored as error:
             reasons[name] = str(error)
-    in_order = [name for name in METRICS[task] if name in measures]
+    in_order = [name for name in metrics_of(task) if name in measures]
     return Measured(
         [{name: measures[name][i] for name in in_order} for i in range(len(systems))], reasons
     )
 
 
-def _scores(
+def scores(
     task: str,
     references: list[list[str]],
     hypotheses: list[str],
-    metrics: tuple[str, ...],
-    contexts: Sequence[str] | None,
+    metrics: Sequence[str],
+    contexts: Sequence[str] | None = None,
 ) -> dict[str, float | None]:
+    """The scores of texts that `texts.prepare` has made ready for the task, None where one cannot
+    be computed; NIST and CIDEr raw, others fractions."""
     with coco.Meteor() as meteor:
         measured = measure(task, references, [hypotheses], metrics, meteor, contexts).systems[0]
         return {name: measured[name].score() if name in measured else None for name in metrics}
@@ -174,7 +192,7 @@ def e2e_scores(
 ) -> dict[str, float | None]:
     """The scores that tuetschek/e2e-metrics prints with `-p`, and SER and coverage of the contexts
     (or MRs) if asked for; None where Java is missing. NIST and CIDEr are raw, others fractions."""
-    return _scores("e2e", references, hypotheses, tuple(metrics), contexts)
+    return scores("e2e", references, hypotheses, tuple(metrics), contexts)
 
 
 def webnlg_scores(
@@ -186,7 +204,7 @@ def webnlg_scores(
     """The scores of WebNLG/GenerationEval as fractions, for texts that are already lower-cased and
     spaced as the task needs them (`texts.prepare`), and coverage if asked for with the contexts;
     None where Java is missing."""
-    return _scores("webnlg", references, hypotheses, tuple(metrics), contexts)
+    return scores("webnlg", references, hypotheses, tuple(metrics), contexts)
 
 
 def segment_scores(

@@ -18,6 +18,7 @@ from common.errors import InputError, Parser, run
 from common.files import check_output, read_json_lines, write_json
 from common.json_text import parse_json
 from common.text_files import TextFile
+from eval.choice import LOSS, SCORES, deciding, in_words, is_better
 
 Scores = dict[str, float | None]
 
@@ -71,22 +72,34 @@ def read_rules(path: str) -> dict[str, Scores]:
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """What a run's work_dir says of it: settings, code, and its validation losses in nats."""
+    """What a run's work_dir says of it: settings, code, its validation losses in nats, and the
+    scores, if any, of the best validation, by the metric that chose model.best."""
     described = read_json(Path(folder) / "run.json", "settings", "git_commit", "python", "torch")
     log = Path(folder) / "log.jsonl"
     records = read_json_lines(log)
     try:
         steps = max(record["step"] for record in records)
         valid = [record for record in records if record["kind"] == "valid"]
-        best = min(valid, key=lambda record: record["loss"], default=None)
+        best = best_record(valid, deciding(described["settings"]))
     except (KeyError, TypeError) as error:
         raise InputError(f"{log} is no log of a run: a record lacks {error}") from error
-    return {name: described[name] for name in ("settings", "git_commit", "python", "torch")} | {
+    scores = {name: best[name] for name in SCORES if best and name in best}
+    found = {name: described[name] for name in ("settings", "git_commit", "python", "torch")} | {
         "steps": steps,
         "valid_loss": valid[-1]["loss"] if valid else None,
         "best_valid_loss": best and best["loss"],
         "best_step": best and best["step"],
     }
+    return found | ({"best_valid_scores": scores} if scores else {})
+
+
+def best_record(records: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The first of the best records of validations by a metric, None for none."""
+    best: dict[str, Any] | None = None
+    for record in records:
+        if is_better(metric, record[metric], best[metric] if best else None):
+            best = record
+    return best
 
 
 def over_runs(paths: list[str]) -> dict[str, dict[str, Scores]]:
@@ -135,14 +148,16 @@ def headline(result: dict) -> str:
     """What was trained and for how long, in a line."""
     settings = result["settings"]
     seconds = ", ".join(f"{name} {value:g} s" for name, value in result["seconds"].items())
-    loss = result["best_valid_loss"]
-    best = "" if loss is None else f", best valid loss {loss:.4f} at step {result['best_step']}"
     method = settings.get("method", "lora")
     size = settings.get("adapter_dim") or settings.get("prefix_length") or ""
     what = f"r {settings['lora_dim']}" if method == "lora" else f"{method} {size}".rstrip()
     count = f"{settings['trained_parameters']:,} trained"
     if method == "prefix":  # what is trained makes these
         count = f"{settings['saved_parameters']:,} saved"
+    metric, best = deciding(settings), ""
+    values = {LOSS: result["best_valid_loss"]} | result.get("best_valid_scores", {})
+    if values[LOSS] is not None:
+        best = f", best valid {in_words(metric, values[metric])} at step {result['best_step']}"
     return (
         f"{settings['model_card']}, {what}, {count}, "
         f"seed {settings['random_seed']}, {result['steps']:,} steps{best}; {seconds}"

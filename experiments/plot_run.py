@@ -1,8 +1,9 @@
-"""Draw runs side by side: loss, perplexity, learning rate, and scores where there are any.
+"""Draw runs side by side: loss, perplexity, learning rate, and scores where there are any, those of
+validations as curves and those of the test data as bars.
 
     python -m experiments.plot_run runs/a runs/b --output runs.png
 
-The curves come from each run's log.jsonl, the scores from a scores.json or result.json in the run's
+The curves come from each run's log.jsonl, the bars from a scores.json or result.json in the run's
 folder or the one above it.
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import InputError, Parser, run
 from common.files import check_output, read_json_lines, replacing
+from eval.choice import SCORES
 from eval.summary import Scores, checked_scores, read_json
 
 if TYPE_CHECKING:
@@ -34,19 +36,21 @@ def read_scores(folder: Path) -> Scores:
     return {}
 
 
-def draw_curves(axes: list["Axes"], color: str, name: str, folder: Path) -> None:
-    """One run's curves on the axes of `CURVES`: training as a line, validation as dots."""
-    records = read_json_lines(folder / "log.jsonl")
-    for own, field in zip(axes, CURVES, strict=True):
+def titles_of(runs: list[list[dict]]) -> dict[str, str]:
+    """What is drawn of the records of these runs, by field, with the label of its axis."""
+    fields = {field for records in runs for record in records for field in record}
+    return CURVES | {n: f"{label} on validation" for n, label in SCORES.items() if n in fields}
+
+
+def draw_curves(axes: dict[str, "Axes"], color: str, name: str, records: list[dict]) -> None:
+    """One run's curves on the axes of their fields: training as a line, validation as dots."""
+    for field, own in axes.items():
         for kind, label, style in (("train", name, "-"), ("valid", None, "o:")):
             mine = [record for record in records if record.get("kind") == kind]
             pairs = [(record.get("step"), record.get(field)) for record in mine]
             points = [pair for pair in pairs if all(isinstance(n, int | float) for n in pair)]
             if points:
                 own.plot(*zip(*points, strict=True), style, label=label, color=color)
-        own.set(title=CURVES[field].split(",")[0], xlabel="step", ylabel=CURVES[field])
-        own.grid(alpha=0.3)
-    axes[1].set_yscale("log")
 
 
 def draw_scores(axes: "Axes", scores: list[Scores]) -> None:
@@ -82,16 +86,24 @@ def main(argv: list[str] | None = None) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    *curves, bars = axes.flat
-    for i, folder in enumerate(args.runs):
-        draw_curves(curves, f"C{i}", str(folder), folder)
-    scores = [read_scores(folder) for folder in args.runs]
+    runs = [read_json_lines(folder / "log.jsonl") for folder in args.runs]
+    titles, scores = titles_of(runs), [read_scores(folder) for folder in args.runs]
+    rows = (len(titles) + 2) // 2
+    figure, grid = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), layout="constrained")
+    places = list(grid.flat)
+    curves = dict(zip(titles, places, strict=False))
+    for field, axes in curves.items():
+        axes.set(title=titles[field].split(",")[0], xlabel="step", ylabel=titles[field])
+        axes.grid(alpha=0.3)
+    curves["ppl"].set_yscale("log")
+    for i, (folder, records) in enumerate(zip(args.runs, runs, strict=True)):
+        draw_curves(curves, f"C{i}", str(folder), records)
+    left = places[len(titles) :]
     if any(scores):
-        draw_scores(bars, scores)
-    else:
-        bars.remove()
-    curves[0].legend(fontsize=8, title="line: training, dots: validation", title_fontsize=8)
+        draw_scores(left.pop(0), scores)
+    for axes in left:
+        axes.remove()
+    curves["loss"].legend(fontsize=8, title="line: training, dots: validation", title_fontsize=8)
     with replacing(args.output, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

@@ -5,7 +5,7 @@
 #
 # Expect, with GPT-2 medium and its last epoch, BLEU 68.7 to 69.0: six of seven published reruns of
 # the original code lie there (its issue 165; FourierFT, arXiv 2405.03003, table 3: 68.9 +- .3). The
-# paper's 70.4 +- .1 is the best epoch of each of three seeds. Both length penalties in use are
+# paper's 70.4 +- .1 is the best epoch of each of three seeds, which SELECT=best decodes too. Both length penalties in use are
 # decoded: 0.8 (the original's README) and 0.9 (the paper).
 #
 # Cost, none of it measured: on one card that sustains 10 TFLOP/s about 40 minutes; on 2 CPU cores

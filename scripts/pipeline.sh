@@ -9,6 +9,8 @@
 #   MODEL=gpt2.md          card; gpt2.sm, md, lg, xl are downloaded, gpt2.nano and mini shipped
 #   INIT_CHECKPOINT=FILE   base weights of your own; VOCAB=FOLDER their vocabulary
 #   NPROC=1                processes on this machine; the global batch grows with it
+#   SELECT=last|best       decodes the last adapter, as reruns of the original do; or the epoch with the
+#                          best BLEU on the validation data, as the paper does, and then the last
 #   SEED=110  PRECISION=fp32|bf16|fp16  WORK_DIR=runs/TASK or runs/TASK-METHOD  RESUME=1
 #   DATA_DIR=FOLDER        raw data and vocabulary; what it lacks is downloaded
 #   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP= LR= SEQ_LEN=  smaller than real
@@ -70,28 +72,42 @@ fine_tune() { # FOLDER SEED [FLAG]...
   [ -z "${LR:-}" ] || flags+=(--lr "$LR")
   [ -z "${SEQ_LEN:-}" ] || flags+=(--seq_len "$SEQ_LEN")
   [ -z "${RESUME:-}" ] || flags+=(--resume auto)
+  [ "${SELECT:-last}" = last ] || flags+=("${by_bleu[@]}")
   "${launch[@]}" gpt2_ft.py --train_data "$work_dir/train.jsonl" --valid_data "$work_dir/valid.jsonl" \
     --model_card "$card" --init_checkpoint "$base" --vocab "$vocab" --random_seed "$seed" \
     --work_dir "$folder" --warmup_step "${WARMUP_STEP:-$warmup}" "${flags[@]}"
 }
 
-decode() { # FOLDER LENGTH_PENALTY; the last adapter, as the original decodes
-  "${launch[@]}" gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$1/train:last" \
-    --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$2" \
-    "${decoding[@]}" --output_file "$1/beam.$2.jsonl"
+decode() { # FOLDER WHICH LENGTH_PENALTY OUTPUT
+  "${launch[@]}" gpt2_beam.py --data "$work_dir/test.jsonl" --adapter "$1/train:$2" \
+    --init_checkpoint "$base" --vocab "$vocab" --length_penalty "$3" \
+    "${decoding[@]}" --output_file "$4.jsonl"
 }
 
-score() { # FOLDER LENGTH_PENALTY NAME [FLAG]...
-  local out=$1/beam.$2
+score() { # OUTPUT ROW NAME [FLAG]...
   echo "-- $3"
   python -m eval.evaluate --task "$task" --data "$work_dir/test.jsonl" \
-    --predictions "$out.jsonl" --json "$out.$3.json" "${@:4}"
-  results+=("lp $2, $3=$out.$3.json")
+    --predictions "$1.jsonl" --json "$1.$3.json" "${@:4}"
+  results+=("$2, $3=$1.$3.json")
 }
 
-# Scores of each length penalty: by the published rule, if that drops references, and with all.
+# Scores of one adapter for each length penalty: by the published rule, if that drops references,
+# and with all.
+decode_and_score() { # FOLDER WHICH
+  local penalty output row
+  for penalty in "${length_penalties[@]}"; do
+    output=$1/beam.$penalty row="lp $penalty"
+    [ "$2" = last ] || output=$1/$2.beam.$penalty
+    [ "${SELECT:-last}" = last ] || row="$2, $row"
+    say "Decoding and scoring the $2 adapter, length penalty $penalty"
+    decode "$1" "$2" "$penalty" "$output"
+    if [ -n "${ref_num:-}" ]; then score "$output" "$row" "ref_num_$ref_num" --ref_num "$ref_num"; fi
+    score "$output" "$row" all_references
+  done
+}
+
 run_seed() { # SEED FOLDER
-  local folder=$2 started=$SECONDS trained penalty
+  local folder=$2 started=$SECONDS trained
   local results=()
   if [ -n "${RESUME:-}" ] && [ -f "$folder/result.json" ]; then
     echo "$folder/result.json is already there"
@@ -100,12 +116,8 @@ run_seed() { # SEED FOLDER
   say "Fine-tuning, seed $1"
   fine_tune "$folder/train" "$1"
   trained=$SECONDS
-  for penalty in "${length_penalties[@]}"; do
-    say "Decoding and scoring, length penalty $penalty"
-    decode "$folder" "$penalty"
-    if [ -n "${ref_num:-}" ]; then score "$folder" "$penalty" "ref_num_$ref_num" --ref_num "$ref_num"; fi
-    score "$folder" "$penalty" all_references
-  done
+  [ "${SELECT:-last}" = last ] || decode_and_score "$folder" best
+  decode_and_score "$folder" last
   say "Result"
   python -m eval.summary --json "$folder/result.json" --run "$folder/train" \
     --seconds "train=$((trained - started))" "decode_and_score=$((SECONDS - trained))" \
@@ -117,11 +129,18 @@ run_pipeline() { # [--dry_run]
   if [ $# -gt 1 ] || [ "${dry_run:---dry_run}" != --dry_run ]; then
     fail "$* is not --dry_run, the only argument; everything else is set by variables"
   fi
+  case ${SELECT:-last} in
+    last | best) ;;
+    *) fail "SELECT=$SELECT is neither last nor best" ;;
+  esac
   if [ -n "$dry_run" ]; then
     work_dir=$(mktemp -d)
     trap 'rm -rf "$work_dir"' EXIT
   fi
   choose_method
+  # Validation at the ends of epochs alone, with the first of the settings that decode the test data.
+  by_bleu=(--valid_metric bleu --valid_task "$task" --eval_interval 1000000000
+    --valid_length_penalty "${length_penalties[0]}" "${decoding[@]/#--/--valid_}")
   say "Data"
   bash scripts/create_datasets.sh "$task"
   choose_base
@@ -130,6 +149,7 @@ run_pipeline() { # [--dry_run]
   take test test "${TEST_ROWS:-}"
   if [ -n "$dry_run" ]; then
     fine_tune "$final_dir/train" "${SEED:-110}" --dry_run
+    [ "${SELECT:-last}" = last ] || echo "Decoded and scored: the best epoch and the last"
     return
   fi
   if [ -z "${SEEDS:-}" ]; then

@@ -316,6 +316,44 @@ def test_a_run_over_seeds_ends_with_results_and_their_mean(checkout: Path) -> No
     assert f"{statistics.stdev(chrf):.4f}" in again.stdout
 
 
+def test_the_best_epoch_by_bleu_is_decoded_beside_the_last(checkout: Path) -> None:
+    if not (ROOT / "data/nano/model.safetensors").is_file():
+        pytest.skip("data/nano/model.safetensors is not there: the shipped base is to be made")
+    lines = E2E_LINE + E2E_LINE.replace("Blue Spice", "Aromi") * 7
+    write_raw(checkout, "e2e", dict.fromkeys(("train.txt", "valid.txt", "test.txt"), lines))
+    write_command(checkout, "java", "#!/bin/sh\nexit 1\n")
+    few = {"SELECT": "best", "MODEL": "gpt2.nano", "MAX_STEP": "3", "WARMUP_STEP": "1"}
+    done = run_script(checkout, "scripts/e2e.sh", "--dry_run", **few)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Scores: BLEU of 2 contexts with 8 references, by the rules of e2e, " in done.stdout
+    assert "decoded 3 times with beam 10" in done.stdout  # at the ends of three epochs
+    assert done.stdout.endswith("Decoded and scored: the best epoch and the last\n")
+    done = run_script(checkout, "scripts/e2e.sh", **few)
+    assert done.returncode == 0, done.stderr
+    folder = checkout / "runs/e2e"
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    rows = [f"{which}, lp {lp}, all_references" for which in ("best", "last") for lp in (0.8, 0.9)]
+    assert list(result["scores"]) == rows
+    for row, name in zip(rows[::2], ("best.beam.0.8", "beam.0.8"), strict=True):
+        scored = json.loads((folder / f"{name}.all_references.json").read_text(encoding="utf-8"))
+        assert result["scores"][row] == scored["scores"]
+    log = (folder / "train/log.jsonl").read_text(encoding="utf-8").splitlines()
+    valid = [r for r in map(json.loads, log) if r["kind"] == "valid"]
+    best = max(valid, key=lambda record: record["bleu"])
+    assert [record["step"] for record in valid] == [1, 2, 3]
+    assert (result["best_step"], result["best_valid_scores"]) == (
+        best["step"], {"bleu": best["bleu"]},
+    )  # fmt: skip
+    table = done.stdout.split("== Result")[1]
+    assert f"best valid BLEU {100 * best['bleu']:.2f} at step {best['step']}; " in table
+    assert all(row in table for row in rows)
+
+
+def test_a_selection_that_there_is_not_is_refused(checkout: Path) -> None:
+    done = run_script(checkout, "scripts/dart.sh", SELECT="bleu")
+    assert (done.returncode, done.stderr) == (2, "error: SELECT=bleu is neither last nor best\n")
+
+
 def test_a_metric_that_one_run_lacks_has_no_mean(tmp_path: Path) -> None:
     paths = []
     for number, meteor in enumerate((0.5, None)):

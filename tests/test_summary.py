@@ -56,6 +56,39 @@ def test_any_json_is_a_result_or_refused(tmp_path: Path, value: object) -> None:
 RECORD = {"kind": "valid", "step": 3, "loss": 1.5, "ppl": 4.5}
 
 
+@pytest.mark.parametrize(
+    "metric, best", [("loss", 4), (None, 4), ("bleu", 2), ("ser,bleu", 3), ("nist", 5)]
+)
+def test_the_best_validation_is_that_of_the_metric_that_chose_it(
+    metric: str | None, best: int, tmp_path: Path
+) -> None:
+    """Of equal ones the first, as the run keeps it."""
+    settings = {} if metric is None else {"valid_metric": metric}
+    described = {"settings": settings, "git_commit": None, "python": "3", "torch": "2"}
+    (tmp_path / "run.json").write_text(json.dumps(described), encoding="utf-8")
+    values = [(2, 5, 0.7, 0.5, 1), (3, 4, 0.7, 0.1, 1), (4, 3, 0.6, 0.1, 1), (5, 3, 0.5, 0.2, 2)]
+    names = ("step", "loss", "bleu", "ser", "nist")
+    rows = [{"kind": "valid", **dict(zip(names, row, strict=True))} for row in values]
+    write_rows(tmp_path / "log.jsonl", rows)
+    result = summary.read_run(tmp_path)
+    assert result["best_step"] == best
+    chosen = next(row for row in rows if row["step"] == best)
+    assert result["best_valid_loss"] == chosen["loss"]
+    assert result["best_valid_scores"] == {name: chosen[name] for name in ("bleu", "nist", "ser")}
+
+
+@fuzz
+@given(st.lists(mutated(RECORD | {"bleu": 0.5}), min_size=1, max_size=3), anything)
+def test_any_log_of_a_run_by_any_metric_is_summed_up_or_refused(
+    tmp_path: Path, records: list[dict], settings: object
+) -> None:
+    for own in (settings, {"valid_metric": "bleu"}, {"valid_metric": settings}):
+        described = {"settings": own, "git_commit": None, "python": "3", "torch": "2"}
+        (tmp_path / "run.json").write_text(json.dumps(described), encoding="utf-8")
+        write_rows(tmp_path / "log.jsonl", records)
+        is_read_or_refused(summary.read_run, tmp_path)
+
+
 @fuzz
 @given(st.lists(mutated(RECORD), min_size=1, max_size=3))
 def test_any_log_is_summed_up_or_refused(tmp_path: Path, records: list[dict]) -> None:
@@ -120,7 +153,10 @@ def test_a_figure_of_runs_without_scores_has_no_empty_panel(tmp_path: Path, monk
         if scored:
             (tmp_path / "run" / "scores.json").write_text(json.dumps(RESULT), encoding="utf-8")
         plot_run.main([str(tmp_path / "run"), "--output", str(tmp_path / "runs.png")])
-    assert panels == [3, 4]
+    valid = RECORD | {"bleu": 0.5, "ser": 0.25}
+    write_rows(tmp_path / "run" / "log.jsonl", [valid, RECORD | {"kind": "train", "lr": 0.1}])
+    plot_run.main([str(tmp_path / "run"), "--output", str(tmp_path / "runs.png")])
+    assert panels == [3, 4, 6]
 
 
 @pytest.mark.parametrize(

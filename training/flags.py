@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 import loralib as lora
 from common.errors import InputError
 from data.fields import add_fields_flag
+from decoding import SearchSettings
+from eval.choice import LOSS, SCORES
+from eval.metrics import METRICS
 from methods import BOTTLENECKS
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 
@@ -227,6 +230,24 @@ def add_validation_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--valid_batch_size", type=int, default=4, help="It changes no result. Default: 4.")
     add("--valid_samples", type=int, default=3, help="Texts to show in TensorBoard. Default: 3.")
+    add(
+        "--valid_metric",
+        default=LOSS,
+        help=f"Comma-separated: {', '.join((LOSS, *SCORES))}. The first decides which adapter is "
+        "the best and what --patience counts. For scores the contexts are decoded at each "
+        "validation. Default: loss.",
+    )
+    add(
+        "--valid_task",
+        choices=METRICS,
+        help="Whose scores they are. Default: own; e2e with nist or ser, which it alone has.",
+    )
+    add("--valid_texts", type=int, help="Only the first N contexts are decoded. Default: all.")
+    for name, kind in (
+        ("beam", int), ("eval_len", int), ("length_penalty", float), ("no_repeat_ngram_size", int),
+    ):  # fmt: skip
+        value = getattr(SearchSettings, name)
+        add(f"--valid_{name}", type=kind, help=f"As gpt2_beam.py's --{name}. Default: {value}.")
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +314,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         "keep_last": 0, "patience": 0, "max_bad_steps": 1, "max_step": 1, "max_epoch": 1,
         "valid_samples": 0, "clip": 0, "weight_decay": 0, "adam_epsilon": 0, "random_seed": 0,
         "train_top": 0, "adapter_dim": 1, "prefix_length": 1, "prefix_hidden": 0,
+        "valid_texts": 1,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import replacing, write_json
+from eval.choice import SCORES
 from training import trackers
 
 if TYPE_CHECKING:  # it takes a second to import, and only rank 0 needs it
@@ -25,8 +26,8 @@ TAGS = {
     "loss": "loss/loss", "ppl": "loss/perplexity", "smoothed_loss": "loss/smoothed_loss",
     "lr": "lr/lr", "tokens_per_second": "speed/tokens_per_second",
     "peak_memory_gb": "speed/peak_memory_gb", "grad_norm": "update/gradient_norm",
-}  # fmt: skip
-BEST_LOSS, UPDATE_NORM = "loss/best", "update_norm"
+} | {name: f"score/{name}" for name in SCORES}  # fmt: skip
+BEST_LOSS, BEST_SCORE, UPDATE_NORM = "loss/best", "score/best", "update_norm"
 ROOT = Path(__file__).resolve().parents[1]
 
 

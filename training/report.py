@@ -9,10 +9,12 @@ from torch import nn
 
 import checkpoints
 import gpu
+from eval.choice import SCORES, in_words
 from gpu import Runtime
 from methods import table_3_row
 from model import GPT2LMModel
 from training.run import Interval, Plan, Run, RunSettings, state_tensors
+from training.scores import ValidTexts
 
 # Of flags that differ from the recipe's, those that say nothing of the training.
 UNINTERESTING = {
@@ -80,6 +82,21 @@ def saved_parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in state_tensors(model).values())
 
 
+def print_scoring(texts: ValidTexts, plan: Plan, settings: RunSettings) -> None:
+    """Print what the scores add to the validations, and what is chosen by them."""
+    scoring, last = texts.scoring, plan.max_step + 1
+    steps = {*range(settings.eval_interval, last, settings.eval_interval), plan.max_step}
+    count = len(steps.union(range(plan.steps_per_epoch, last, plan.steps_per_epoch)))
+    names = ", ".join(SCORES[name] for name in scoring.scores)
+    print(
+        f"Scores: {names} of {len(texts.items):,} contexts with "
+        f"{sum(len(item.references) for item in texts.items):,} references, by the rules of "
+        f"{scoring.task}, decoded {count:,} times with beam {scoring.search.beam} and at most "
+        f"{scoring.search.eval_len} tokens; the best adapter is chosen by "
+        f"{SCORES.get(scoring.decider, scoring.decider)}"
+    )
+
+
 def print_disk(model: nn.Module, plan: Plan, settings: RunSettings, validates: bool) -> None:
     """Print how much disk the files of a run take at most, and whether there is as much."""
     stored = sum(tensor.numel() for tensor in state_tensors(model).values())
@@ -142,16 +159,20 @@ def log_training(run: Run, epoch: int) -> None:
     )
 
 
-def log_validation(run: Run, epoch: int, loss: float, is_better: bool) -> None:
-    """Log a validation."""
+def log_validation(
+    run: Run, epoch: int, loss: float, scores: dict[str, float], is_better: bool
+) -> None:
+    """Log a validation: its loss, and the scores of its texts by name."""
     mark = ", the best so far" if is_better else ""
     run.log.record(
         "valid",
         run.step,
         f"step {run.step:>6}/{run.plan.max_step} | epoch {epoch} | valid loss {loss:.4f} | "
-        f"valid ppl {perplexity(loss):.2f}{mark}",
+        f"valid ppl {perplexity(loss):.2f}"
+        f"{''.join(f' | valid {in_words(*score)}' for score in scores.items())}{mark}",
         loss=loss,
         ppl=perplexity(loss),
+        **scores,
     )
 
 
@@ -163,9 +184,9 @@ def print_end(run: Run) -> None:
             f"one than step {run.best_step} (--patience {run.settings.patience})"
         )
     best = ""
-    if run.best_step:
+    if run.best_value is not None:
+        value = in_words(run.scoring.decider, run.best_value)
         best = (
-            f"; best on validation: {run.adapter_path('best')}, loss {run.best_loss:.4f} at step "
-            f"{run.best_step:,}"
+            f"; best on validation: {run.adapter_path('best')}, {value} at step {run.best_step:,}"
         )
     print(f"Done: {run.step:,} steps. Last adapter: {run.adapter_path(run.step)}{best}")

@@ -7,7 +7,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +20,11 @@ from checkpoints import AdapterHeader
 from checkpoints.base import read_pickle
 from common.errors import InputError
 from common.files import replacing
+from eval.choice import LOSS
 from gpu import Runtime
 from model import GPT2LMModel
 from training.run import Interval, Run, write_adapter
+from training.scores import Scoring
 
 # Fields of `Run` by their names in the state.
 PROGRESS = {
@@ -33,6 +35,7 @@ FORM_FIELDS = (
     "optimizer", "lora_dim", "lora_targets", "lora_kind", "train_bias", "train_top",
     "no_decay_bias", "lora_plus_ratio", "kind", "dim", "prefix_length", "prefix_hidden",
 )  # fmt: skip
+OF_SCORES = ("choice", "best_scores")  # fields of a state that is chosen by a score
 # What the optimizers keep of a parameter: the original's formula, PyTorch's, and apex's.
 APEX = {"exp_avg", "exp_avg_sq"}
 OPTIMIZER_STATES = ({"step", "m", "v"}, APEX | {"step"}, APEX)
@@ -41,7 +44,8 @@ OPTIMIZER_STATES = ({"step", "m", "v"}, APEX | {"step"}, APEX)
 @dataclass(frozen=True)
 class State:
     """What state.pt holds: tensors and plain values. `ranks` has, for each rank, the states of its
-    random generators and what it has not logged yet."""
+    random generators and what it has not logged yet; `choice` and `best_scores`, which the file
+    lacks where the loss decides, how the best adapter is chosen and what it scores."""
 
     header: AdapterHeader
     progress: dict[str, int | float]
@@ -50,6 +54,8 @@ class State:
     scheduler: dict[str, Any]
     scaler: dict[str, Any]
     ranks: list[dict[str, Any]]
+    choice: dict[str, Any] = field(default_factory=dict)
+    best_scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -58,7 +64,9 @@ class State:
 
     def write(self, path: Path) -> None:
         """Write the state, whole or not at all."""
-        names = (field.name for field in fields(self) if field.name != "header")
+        names = [own.name for own in fields(self) if own.name != "header"]
+        if not self.choice:
+            names = [name for name in names if name not in OF_SCORES]
         content = {"format": checkpoints.FORMAT_VERSION, "header": self.header.to_fields()}
         # Written in memory first: on a full disk torch's own writer fails without an OSError.
         data = io.BytesIO()
@@ -78,13 +86,18 @@ class State:
             raise InputError(
                 f"--resume {path} is damaged; put a copy there, or start anew in another --work_dir"
             )
-        types = {field.name: dict for field in fields(cls)} | {"format": int, "ranks": list}
-        found = content if isinstance(content, dict) else {}
+        types = {own.name: dict for own in fields(cls)} | {"format": int, "ranks": list}
+        found: dict[str, Any] = dict(content) if isinstance(content, dict) else {}
+        found = dict.fromkeys(OF_SCORES, {}) | found
         wrong = [name for name, kind in types.items() if not isinstance(found.get(name), kind)]
         if wrong or found["format"] != checkpoints.FORMAT_VERSION:
             raise InputError(f"--resume {path} is not a training state of this program")
         header = AdapterHeader.from_fields(found["header"], f"--resume {path}")
         _check_progress(found["progress"], path)
+        decider = found["choice"].get("valid_metric")
+        best = found["best_scores"].get(decider)
+        if decider and found["progress"]["best_step"] and type(best) is not float:
+            raise InputError(f"--resume {path} has no good best_scores, but {best!r:.40}")
         rest = {name: found[name] for name in types if name not in ("format", "header")}
         return cls(header, **rest)
 
@@ -134,6 +147,8 @@ def save(run: Run) -> None:
             scheduler=run.scheduler.state_dict(),
             scaler=run.scaler.state_dict(),
             ranks=ranks,
+            choice=run.scoring.choice,
+            best_scores=run.best_scores,
         )
         state.write(state_path(run.settings.work_dir))
         run.replaced_best_path.unlink(missing_ok=True)  # this state names the new one
@@ -227,10 +242,13 @@ def check_equal_ranks(runtime: Runtime, settings: dict[str, object]) -> None:
                 )
 
 
-def check_settings(state: State, header: AdapterHeader) -> None:
+def check_settings(state: State, header: AdapterHeader, scoring: Scoring) -> None:
     """Refuse to resume a run under settings, data or a base that would change its result."""
-    then, now = flat(state.header), flat(header)
+    by_loss = {"valid_metric": LOSS}
+    then = by_loss | state.choice | flat(state.header)
+    now = by_loss | scoring.choice | flat(header)
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    changed.sort(key=lambda key: key != "valid_metric")  # from which the others of it follow
     if changed:
         first = changed[0]
         raise InputError(
@@ -268,7 +286,7 @@ def restore(run: Run, state: State, source: Path) -> None:
         _restore_tensors(run, state)
     if not run.adapter_path(run.step).is_file():
         write_adapter(run, run.step)
-    _restore_best(run, source)
+    _restore_best(run, state, source)
 
 
 @contextmanager
@@ -328,18 +346,25 @@ def _restore_schedule(run: Run, saved: dict) -> None:
         group["lr"] = rate
 
 
-def _restore_best(run: Run, source: Path) -> None:
+def _restore_best(run: Run, state: State, source: Path) -> None:
     """Let model.best be the adapter that the state names as the best, or forget that there is one.
 
     A life that was killed may have found a better one since; its predecessor then stands aside.
     """
-    if run.best_step and not run.runtime.from_first(lambda: _find_best(run, source)):
-        if run.runtime.rank == 0:
-            print(
-                f"The best adapter so far, of step {run.best_step}, is not in {source}: the next "
-                "validation counts as the best"
-            )
-        run.best_loss, run.best_step, run.no_better = math.inf, 0, 0
+    if not run.best_step:
+        return
+    problem = f"is not in {source}"
+    if state.choice != run.scoring.choice:
+        problem = "was chosen under other flags"
+    elif run.runtime.from_first(lambda: _find_best(run, source)):
+        run.best_scores = state.best_scores
+        return
+    if run.runtime.rank == 0:
+        print(
+            f"The best adapter so far, of step {run.best_step}, {problem}: the next validation "
+            "counts as the best"
+        )
+    run.forget_best()
 
 
 def _find_best(run: Run, source: Path) -> bool:

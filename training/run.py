@@ -18,11 +18,17 @@ import gpu
 import loralib as lora
 from checkpoints import AdapterHeader
 from data_utils import EpochSampler, FT_Dataset
+from eval.choice import LOSS, is_better
 from gpu import Runtime
 from methods.prefix import KEY_VALUES
 from model import GPT2LMModel
 from training.log import RunLog
+from training.scores import Scoring, ValidTexts
 from training.updates import Updates
+
+
+class Interrupted(Exception):
+    """A signal has come to some rank while all of them validate."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,8 @@ class Run:
 
     `flags` holds the value of every flag, as run.json keeps them; the loop reads `settings` and
     `plan`. `step` counts updates, `batches_taken` the global batches taken from the data: more,
-    where a step had to be skipped. `no_better` counts validations since the best one. `last_save`
+    where a step had to be skipped. `best_loss` and `best_scores` are those of the best validation,
+    which the metric of `scoring` decides; `no_better` counts validations since then. `last_save`
     holds `step` and `validated_step` of the last save, `saved_at` its time; `good_step` is the step
     of the last save that a finite step followed, -1 for none. `signal` is what this
     process was sent, `stopping` and `save_due` what all ranks agreed on. `outstanding` holds the
@@ -105,9 +112,12 @@ class Run:
     header: AdapterHeader
     log: RunLog
     tokenizer: Tokenizer | None = None
+    scoring: Scoring = Scoring()
+    valid_texts: ValidTexts | None = None
     step: int = 0
     batches_taken: int = 0
     best_loss: float = math.inf
+    best_scores: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     no_better: int = 0
     validated_step: int = -1
@@ -127,9 +137,46 @@ class Run:
         return max(1, math.ceil(self.batches_taken / self.plan.steps_per_epoch))
 
     @property
+    def best_value(self) -> float | None:
+        """The value of the best validation by the metric that decides, None before there is one."""
+        found = {LOSS: self.best_loss} | self.best_scores
+        return found[self.scoring.decider] if self.best_step else None
+
+    def count_validation(self, loss: float, scores: dict[str, float]) -> bool:
+        """Count a validation of this step, and return whether it is the best so far. An earlier one
+        that is as good stays the best."""
+        value = ({LOSS: loss} | scores)[self.scoring.decider]
+        better = not math.isnan(loss) and is_better(self.scoring.decider, value, self.best_value)
+        self.validated_step = self.step
+        self.no_better = 0 if better else self.no_better + 1
+        if better:
+            self.best_loss, self.best_scores, self.best_step = loss, scores, self.step
+        return better
+
+    def forget_best(self) -> None:
+        """Let the next validation count as the best."""
+        self.best_loss, self.best_scores, self.best_step, self.no_better = math.inf, {}, 0, 0
+
+    def obey_signals(self) -> None:
+        """Raise `Interrupted` on all ranks, which call this together, where one was sent a signal.
+
+        Raises:
+            Interrupted: then `stopping` is set.
+        """
+        self.stopping = self.stopping or self.runtime.sum(self.signal)[0] > 0
+        if self.stopping:
+            raise Interrupted
+
+    @property
     def out_of_patience(self) -> bool:
         """Whether `--patience` is given and as many validations in a row were no better."""
         return 0 < self.settings.patience <= self.no_better
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether to validate at this step, if it ends neither an epoch nor the run."""
+        is_last = self.finished or self.batches_taken % self.plan.steps_per_epoch == 0
+        return self.step > 0 and self.step % self.settings.eval_interval == 0 and not is_last
 
     @property
     def finished(self) -> bool:

@@ -37,12 +37,14 @@ from training.log import RunLog
 from training.report import (
     print_disk,
     print_published,
+    print_scoring,
     print_sizes,
     saved_parameters,
     trained_parameters,
 )
 from training.resume import State, check_equal_ranks, check_settings, flat, restore
 from training.run import Plan, Run, RunSettings
+from training.scores import Scoring, ValidTexts
 from training.updates import CheckedUpdates, DeferredUpdates, defers
 
 T = TypeVar("T")
@@ -93,6 +95,7 @@ RESULT_SETTINGS = [
 def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: State | None) -> Run:
     """Return the run that the flags describe, put back to `state` if there is one."""
     check_early(args, runtime)
+    scoring = Scoring.of_flags(args)
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
     base = None if args.init_checkpoint == "none" else checkpoints.read_base(args.init_checkpoint)
     gpu.seed_everything(args.random_seed)
@@ -106,12 +109,12 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
     if then and tokenizer is not None and then.is_of(tokenizer):
         header = replace(header, vocabulary=then)  # an older fingerprint of it stays as it was
     settings = run_settings(args, plan, work_dir)
-    flags = resolved_flags(args, runtime, plan, settings, model)
+    flags = resolved_flags(args, runtime, plan, settings, model) | scoring.flags()
     shared = {name: value for name, value in flags.items() if name not in OWN_OF_A_RANK}
     valid_data = valid.rows.source.sha256 if valid else None
     check_equal_ranks(runtime, shared | flat(header) | {"valid_data": valid_data})
     if state is not None and not args.resume_anyway:
-        check_settings(state, header)
+        check_settings(state, header, scoring)
     model.transformer.gradient_checkpointing = args.gradient_checkpointing
     if args.base_dtype:
         model.hold_base_in(gpu.AUTOCAST[args.base_dtype])
@@ -142,6 +145,8 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
         header=header,
         log=RunLog(work_dir),
         tokenizer=tokenizer,
+        scoring=scoring,
+        valid_texts=texts_to_score(scoring, valid, tokenizer, model.config),
     )
     if state is not None:
         source = work_dir if args.resume == "auto" else Path(args.resume)
@@ -163,13 +168,16 @@ def show_plan(args: argparse.Namespace, runtime: Runtime) -> None:
     base = None if args.init_checkpoint == "none" else checkpoints.read_shapes(args.init_checkpoint)
     with torch.device("meta"):
         model = build_model(args, base, tokenizer)
-    train, _ = load_data(args, runtime, tokenizer, model.config)
+    train, valid = load_data(args, runtime, tokenizer, model.config)
+    texts = texts_to_score(Scoring.of_flags(args), valid, tokenizer, model.config)
     plan = plan_steps(args, runtime, len(train), None)
     settings = run_settings(args, plan, Path(args.work_dir or "runs"))
     rate_factor(optimizer_settings(args, plan))
     if runtime.rank == 0:
         print_sizes(model, runtime, plan, len(train), args.work_dir)
         print_published(model, method_of(args))
+        if texts:
+            print_scoring(texts, plan, settings)
         print_disk(model, plan, settings, bool(args.valid_data))
 
 
@@ -177,14 +185,15 @@ def check_early(args: argparse.Namespace, runtime: Runtime) -> None:
     """Refuse what can be refused before any file is read.
 
     Raises:
-        InputError: there is no such optimizer, schedule or compiler here, or an adapter's settings
-            or the dtype of the base are wrong.
+        InputError: there is no such optimizer, schedule or compiler here, or the settings of the
+            adapter or of the scores or the dtype of the base are wrong.
     """
     endless = Plan(1, 1, 1, args.max_step or sys.maxsize, None, args.warmup_step or 0)
     settings = optimizer_settings(args, endless)
     optimizer_class(settings, runtime.device.type == "cuda")
     rate_factor(settings)
     adapter_settings(args)
+    Scoring.of_flags(args)
     if args.compile:
         check_compiler(runtime.device)
     if args.base_dtype:
@@ -327,6 +336,15 @@ def load_data(
 
     train = load(args.train_data)
     return train, load(args.valid_data) if args.valid_data else None
+
+
+def texts_to_score(
+    scoring: Scoring, valid: FT_Dataset | None, tokenizer: Tokenizer | None, config: GPT2Config
+) -> ValidTexts | None:
+    """Return what the scores of validation texts are taken of, None where there are no scores."""
+    if not scoring.scores or valid is None or tokenizer is None:
+        return None
+    return ValidTexts.of_rows(scoring, valid.rows, tokenizer, config.window)
 
 
 def plan_steps(args: argparse.Namespace, runtime: Runtime, rows: int, state: State | None) -> Plan:

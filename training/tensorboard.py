@@ -15,8 +15,9 @@ import gpu
 import loralib as lora
 from data_utils import Row
 from decoding.beam_search import SearchSettings, beam_search
+from eval.choice import LOSS
 from model import GPT2LMModel
-from training.log import BEST_LOSS, TAGS, UPDATE_NORM
+from training.log import BEST_LOSS, BEST_SCORE, TAGS, UPDATE_NORM
 from training.run import Run
 
 SAMPLE_TOKENS, SAMPLE_REFERENCES = 64, 3
@@ -31,20 +32,25 @@ SIZES = ("adapter_dim", "prefix_length")  # of the methods that have one
 
 
 def show_settings(run: Run) -> None:
-    """Put the settings of a run on the page of hyper-parameters, beside its best validation loss,
-    or the last training loss where nothing is validated."""
+    """Put the settings of a run on the page of hyper-parameters, beside its best validation by the
+    metric that decides, or the last training loss where nothing is validated."""
     own = {name: run.flags[name] for name in SHOWN_SETTINGS} | {"kind": run.header.kind}
     own |= {name: run.flags[name] for name in SIZES if run.flags[name]}
-    run.log.show_settings(own, BEST_LOSS if run.valid else TAGS["loss"])
+    best = BEST_LOSS if run.scoring.decider == LOSS else BEST_SCORE
+    run.log.show_settings(own, best if run.valid else TAGS["loss"])
 
 
 def show_validation(run: Run) -> None:
-    """Show, on rank 0, the best loss, the norms of the updates and the samples at `run.step`."""
+    """Show, on rank 0, the loss of the best validation and its score, where that decides, the norms
+    of the updates and the samples at `run.step`."""
     if run.runtime.rank:
         return
     norms = update_norms(gpu.unwrap(run.model))
     numbers = {f"{UPDATE_NORM}/{name}": norm for name, norm in norms.items()}
-    run.log.show(run.step, numbers | {BEST_LOSS: run.best_loss}, sample_texts(run))
+    numbers[BEST_LOSS] = run.best_loss
+    if run.scoring.decider != LOSS and run.best_value is not None:
+        numbers[BEST_SCORE] = run.best_value
+    run.log.show(run.step, numbers, sample_texts(run))
 
 
 def update_norms(model: nn.Module) -> dict[str, float]:

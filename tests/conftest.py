@@ -115,7 +115,7 @@ class Tiny:
             "work_dir": self.folder / work_dir,
         }  # fmt: skip
         pairs = [(f"--{name}", str(value)) for name, value in settings.items()]
-        return [*(part for pair in pairs for part in pair), *method, *map(str, more)]
+        return [*method, *(part for pair in pairs for part in pair), *map(str, more)]
 
 
 def _write_tiny(folder: Path, card: str) -> Tiny:

@@ -44,8 +44,7 @@ choose_method() {
     *) fail "METHOD=$method is none of lora, adapter_l, adapter_h, prefix, full, top2 and bitfit" ;;
   esac
   recipe=(--method "$method" ${own[@]+"${own[@]}"} --lr "$1" --max_epoch "$2"
-    --train_batch_size "$3" --clip 1 --adam_epsilon 1e-8 --weight_decay 0 --label_smooth 0
-    --seq_len 512)
+    --train_batch_size "$3" --clip 1 --adam_epsilon 1e-8 --weight_decay 0 --label_smooth 0)
   warmup=0
   decoding=(--beam 5 --no_repeat_ngram_size 0)
   length_penalties=(1.0)

@@ -14,6 +14,7 @@ from methods import BOTTLENECKS
 from model import ALL_TARGETS, LORA_TARGETS, MODEL_CARDS
 
 DEFAULT_EPOCHS, RECIPE_LOG_INTERVAL, FULL_KEEPS = 5, 100, 2
+RECIPE_SEQ_LEN = 512
 # Each method with what it means for the older flags, which spell some of the methods too.
 WITHOUT_LORA: dict[str, object] = {"lora_dim": 0, "train_bias": "none", "train_top": 0}
 METHODS: dict[str, dict[str, object]] = {
@@ -60,7 +61,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--valid_data", help="The same. Without it nothing is validated.")
     add_fields_flag(add)
     add("--vocab", help="Folder of the vocabulary, which text rows need.")
-    add("--seq_len", type=int, default=512, help="The longest sequence, in tokens. Default: 512.")
+    add(
+        "--seq_len",
+        type=int,
+        default=RECIPE_SEQ_LEN,
+        help="The longest sequence, in tokens. Default: 512, and less where a prefix takes room.",
+    )
     add(
         "--obj",
         choices=("clm", "jlm"),
@@ -152,7 +158,10 @@ def settle_method(given: Mapping[str, object]) -> dict[str, object]:
         settled = {}
         _check_own_flags(given, method, ["adapter_dim", *PAPER_PREFIX])
     prefix = PAPER_PREFIX if method == "prefix" else {}
-    return {"method": method, "adapter_dim": PAPER_DIMS.get(method)} | prefix | settled
+    length = int(str((prefix | dict(given)).get("prefix_length", 0)))
+    window = max(RECIPE_SEQ_LEN - length, 2)  # so that one of 512 has room for the prefix too
+    own = {"adapter_dim": PAPER_DIMS.get(method), "seq_len": window}
+    return {"method": method} | own | prefix | settled
 
 
 def _spelled_method(given: Mapping[str, object]) -> str:

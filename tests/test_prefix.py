@@ -465,16 +465,15 @@ def test_a_prompt_is_answered_as_by_generate_within_the_window_that_the_prefix_l
 
 
 def test_the_default_window_leaves_a_prefix_its_positions() -> None:
+    given = ["--train_data=x", "--init_checkpoint=x"]
     for flags, seq_len in (
         (["--prefix_length", "20"], 492),
         (["--prefix_length", "20", "--seq_len", "99"], 99),
         ([], 507),
     ):
-        assert (
-            gpt2_ft.parse_args(["--method=prefix", "--init_checkpoint=x", *flags]).seq_len
-            == seq_len
-        )
-    assert gpt2_ft.parse_args(["--init_checkpoint=x"]).seq_len == 512
+        args = gpt2_ft.parse_args(["--method=prefix", *given, *flags])
+        assert args.seq_len == seq_len
+    assert gpt2_ft.parse_args(given).seq_len == 512
 
 
 def test_a_dry_run_counts_what_is_saved_and_what_makes_it(

@@ -6,6 +6,7 @@ import re
 WORDS = {
     "method": "方法",
     "trained": "训练参数",
+    "% of the weights": "占权重的 %",
     "seeds": "种子",
     "valid loss": "验证损失",
     "full fine-tuning": "全量微调",
@@ -17,9 +18,10 @@ WORDS = {
     "by its own rules": "按其自身规则",
     "per context (it takes one at a time)": "(每个上下文, 原代码一次处理一个)",
     "for the whole file": "(整个文件)",
+    "of": "/",
     "to": "至",
 }
-NAMES = {"transformers", "peft", "small"}
+NAMES = {"transformers", "peft", "small", "all"}
 MARKS = {" (": "（", "(": "（", ")": "）", ", ": "，", "; ": "；"}
 
 

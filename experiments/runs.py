@@ -174,7 +174,8 @@ def perform(run: Run, threads: int = 1) -> dict[str, Any]:
             execute(run, part, command, threads)
         except InputError as error:
             if run.is_of_grid and DIVERGED in str(error):
-                return keep(run, {"valid_loss": {"last": None}, "failed": str(error)})
+                failed = {"valid_loss": {"last": None}, "failed": str(error)}
+                return keep(run, failed | {"variant": run.setup.variant})
             raise
         seconds[part] = None if is_resumed else round(time.monotonic() - started, 1)
         write_json(done, seconds)

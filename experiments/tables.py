@@ -2,9 +2,9 @@
 
     python -m experiments.tables
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page is left alone.
-With `--check` nothing is written, and what differs from results/ is named. Figures need matplotlib
-(requirements-dev.txt).
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, with the figures of its runs; the
+rest of a page is left alone. With `--check` nothing is written, and what differs from results/ is
+named. Figures need matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -12,18 +12,16 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks import tables as benchmarks
 from benchmarks.tables import grid
 from common.errors import run
 from common.files import replacing
-from experiments import chinese, compare, figures
-from experiments.compare import mean_sd
-from experiments.e2e import GROUPS
-from experiments.figures import ALL_ROWS, NAMES, TARGETS
+from experiments import chinese, figures
+from experiments.compare import SCORES, Group, mean_sd
+from experiments.e2e import GRID_STEPS, GROUPS
 from experiments.methods import parse_methods
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,22 +30,10 @@ PAGES = (
     "README.md", "README.zh-CN.md", "docs/experiments.md", "docs/lora.md", "docs/performance.md",
 )  # fmt: skip
 RESULTS, FIGURES = ROOT / "results", ROOT / "docs" / "figures"
-# Name, factor and digits of each score, on the scales of the paper's Table 3.
-SCORES = {
-    "BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE_L": (100, 1), "CIDEr": (1, 2),
-}  # fmt: skip
-SEEDS = 3
-WITHOUT_RANK = ("full", "top2", "bitfit")
-SCORE_HEADS = ["BLEU", "NIST", "MET", "ROUGE-L", "CIDEr", "valid loss", "seeds"]
-
-
-class Setting(NamedTuple):
-    """What the runs of a row share, all but the seed; the rank is 0 where no adapter is trained."""
-
-    kind: str = "lora"
-    rank: int = 4
-    rows: int = ALL_ROWS
-    targets: str = TARGETS[0]
+WEIGHTS = 5_128_960  # of the mini base; a test counts them
+OF_E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "SER")
+OF_README = ("BLEU", "SER")
+SHARE = "% of the weights"
 
 
 def read_results(folder: Path) -> list[dict]:
@@ -55,71 +41,7 @@ def read_results(folder: Path) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def runs_of(results: list[dict], setting: Setting) -> list[dict]:
-    """The runs that differ from `setting` in nothing but their seed."""
-    return [r for r in results if (r["kind"], r["rank"], r["rows"], r["targets"]) == setting]
-
-
-def score_cells(runs: list[dict]) -> list[str]:
-    """The columns `SCORE_HEADS`; empty where nothing was run."""
-    cells = [
-        mean_sd([r["scores"][name] for r in runs], factor, digits)
-        for name, (factor, digits) in SCORES.items()
-    ]
-    loss = mean_sd([r["valid_loss"]["last"] for r in runs], 1, 3)
-    return [*cells, loss, f"{len(runs)} of {SEEDS}" if runs else ""]
-
-
-def trained(runs: list[dict]) -> str:
-    return f"{runs[0]['trainable']:,}" if runs else ""
-
-
-def kinds_table(results: list[dict]) -> str:
-    rows = []
-    for kind in NAMES:
-        runs = runs_of(results, Setting(kind, 0 if kind in WITHOUT_RANK else 4))
-        lr = f"{runs[0]['lr']:g}" if runs else ""
-        rows.append([NAMES[kind], trained(runs), lr, *score_cells(runs)])
-    return grid(["method", "trained", "lr", *SCORE_HEADS], rows)
-
-
-def ranks_table(results: list[dict]) -> str:
-    rows = []
-    for rank, (kind, scaling) in itertools.product((1, 4, 16, 64), figures.SCALINGS.items()):
-        runs = runs_of(results, Setting(kind, rank))
-        rows.append([str(rank), scaling, trained(runs), *score_cells(runs)])
-    return grid(["r", "scaling", "trained", *SCORE_HEADS], rows)
-
-
-def data_table(results: list[dict]) -> str:
-    rows = []
-    for count in (100, 500, 4000, ALL_ROWS):
-        runs = runs_of(results, Setting(rows=count))
-        epochs = f"{runs[0]['steps'] * runs[0]['batch'] / count:.1f}" if runs else ""
-        best = mean_sd([r["valid_loss"]["best"] for r in runs], 1, 3)
-        rows.append([f"{count:,}", epochs, *score_cells(runs), best])
-    return grid(["training rows", "epochs", *SCORE_HEADS, "best valid loss"], rows)
-
-
-def targets_table(results: list[dict]) -> str:
-    rows = []
-    for targets in TARGETS:
-        runs = runs_of(results, Setting(targets=targets))
-        rows.append([targets, trained(runs), *score_cells(runs)])
-    return grid(["`--lora_targets`", "trained", *SCORE_HEADS], rows)
-
-
-def budget_table(results: list[dict]) -> str:
-    """What a run cost, over all runs."""
-    rows = []
-    for name in ("training", "decoding", "scoring"):
-        seconds = [r["seconds"][name] for r in results if r["seconds"][name] is not None]
-        middle, low, high = statistics.median(seconds), min(seconds), max(seconds)
-        rows.append([name, f"{middle:.0f} ({low:.0f} to {high:.0f})"])
-    return grid(["part of a run", "seconds, one thread"], rows)
-
-
-def e2e_groups(name: str, results: list[dict]) -> list[compare.Group]:
+def e2e_groups(name: str, results: list[dict]) -> list[Group]:
     """The rows of a group of runs of experiments/e2e.py, with the results that there are."""
     group = GROUPS[name]
     own = [r for r in results if r["steps"] == group.steps]
@@ -129,25 +51,144 @@ def e2e_groups(name: str, results: list[dict]) -> list[compare.Group]:
         same = (method.name, variant, count)
         done = [r for r in own if (r["method"], r["variant"], r.get("subset", 0)) == same]
         chosen = tuple(r for r in done if r["seed"] <= group.seeds)
-        found.append(compare.Group(method, variant, count, group.seeds, chosen))
+        found.append(Group(method, variant, count, group.seeds, chosen))
     return found
+
+
+def e2e_table(groups: Sequence[Group], loss: str = "last") -> str:
+    """What was trained, every score, and the validation loss of the adapter that was decoded: the
+    last or the best. What was not run is an empty cell."""
+    has_rows = len({group.rows for group in groups}) > 1
+    heads = ["method", *(["rows"] if has_rows else []), "trained", SHARE, "lr"]
+    heads += [*(SCORES[name][0] for name in OF_E2E), "valid loss", "seeds"]
+    lines = []
+    for group in groups:
+        rates = sorted({f"{result['lr']:g}" for result in group.results})
+        losses = [result["valid_loss"][loss] for result in group.results]
+        lines.append(
+            [
+                group.title, *([f"{group.rows:,}"] if has_rows else []), group.trained,
+                share(group), " / ".join(rates), *score_cells(group, OF_E2E),
+                mean_sd(losses, 1, 3), seeds(group),
+            ]
+        )  # fmt: skip
+    return grid(heads, lines)
+
+
+def readme_table(groups: Sequence[Group]) -> str:
+    """What was trained, and the two scores that matter most."""
+    heads = ["method", "trained", SHARE, *(SCORES[name][0] for name in OF_README), "seeds"]
+    return grid(
+        heads,
+        [
+            [group.title, group.trained, share(group), *score_cells(group, OF_README), seeds(group)]
+            for group in groups
+        ],
+    )
+
+
+def share(group: Group) -> str:
+    """The trained parameters in percent of the base's."""
+    return f"{100 * group.results[0]['trainable'] / WEIGHTS:.2f}" if group.results else ""
+
+
+def score_cells(group: Group, names: Sequence[str]) -> list[str]:
+    return [mean_sd(group.scores(name), *SCORES[name][1:]) for name in names]
+
+
+def seeds(group: Group) -> str:
+    return f"{len(group.results)} of {group.asked}" if group.results else ""
+
+
+def rates_table(results: list[dict]) -> str:
+    """Validation loss of each method at each learning rate that was tried, the lowest in bold."""
+    titles = {
+        (method.name, variant): Group(method, variant, 0, 1, ()).title
+        for group in GROUPS.values()
+        for variant, method in itertools.product(group.variants, parse_methods([*group.methods]))
+    }
+    tried = {title: grid_losses(results, *key) for key, title in titles.items()}
+    rates = sorted({rate for losses in tried.values() for rate in losses})
+    lines = []
+    for title, losses in tried.items():
+        least = min((loss for loss in losses.values() if loss is not None), default=None)
+        if losses:
+            lines.append([title, *(loss_cell(losses, rate, least) for rate in rates)])
+    return grid(["method", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def grid_losses(results: list[dict], name: str, variant: str) -> dict[float, float | None]:
+    """The validation loss of a method at each learning rate; None where training diverged."""
+    own = [r for r in results if (r["method"], r.get("variant", "")) == (name, variant)]
+    return {r["settings"]["lr"]: r["valid_loss"]["last"] for r in own}
+
+
+def loss_cell(losses: dict[float, float | None], rate: float, least: float | None) -> str:
+    if rate not in losses:
+        return ""
+    loss = losses[rate]
+    if loss is None:
+        return "diverged"
+    return f"**{loss:.3f}**" if loss == least else f"{loss:.3f}"
+
+
+def seconds_table(short: list[dict], results: list[dict]) -> str:
+    """What the parts of a run cost. Those that were done in pieces have no seconds."""
+    parts = {f"training, {GRID_STEPS:,} steps": [r for r in short if "seconds" in r]}
+    for steps in sorted({group.steps for group in GROUPS.values()}):
+        parts[f"training, {steps:,} steps"] = [r for r in results if r["steps"] == steps]
+    parts |= {"decoding": results, "scoring": results}
+    lines = []
+    for title, own in parts.items():
+        part = title.split(",")[0]
+        known = [s for r in own if (s := r["seconds"][part]) is not None]
+        lines.append([title, middle(known), str(len(known) or "")])
+    return grid(["part of a run", "seconds, one thread", "runs"], lines)
+
+
+def middle(seconds: Sequence[float]) -> str:
+    """`median (least to greatest)`, or nothing."""
+    if not seconds:
+        return ""
+    return f"{statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
+
+
+def pictures(name: str, groups: Sequence[Group]) -> str:
+    """The figures of a group of runs as its page in docs/ shows them, if there are results."""
+    if not any(group.results for group in groups):
+        return ""
+    lines = [f"![{text}](figures/{own}.png)\n" for own, text in figures.of_group(name).items()]
+    return "\n" + "".join(lines)
 
 
 def make_tables() -> dict[str, str]:
     """Every table by its name; `e2e_NAME` is that of a group of experiments/e2e.py."""
-    e2e = read_results(RESULTS / "e2e")
-    of_groups = {f"e2e_{name}": compare.table(e2e_groups(name, e2e)) for name in GROUPS}
-    sweep, bench = read_results(RESULTS / "e2e-mini"), read_results(RESULTS / "bench")
-    makers: dict[str, Callable[[list[dict]], str]] = {
-        "kinds": kinds_table, "ranks": ranks_table, "data": data_table,
-        "targets": targets_table, "budget": budget_table,
-    }  # fmt: skip
+    e2e, short = read_results(RESULTS / "e2e"), read_results(RESULTS / "e2e" / "grid")
+    bench = read_results(RESULTS / "bench")
+    groups = {name: e2e_groups(name, e2e) for name in GROUPS}
+    of_groups = {
+        f"e2e_{name}": e2e_table(own, GROUPS[name].choose) + pictures(name, own)
+        for name, own in groups.items()
+    }
     return (
-        {name: make(sweep) for name, make in makers.items()}
-        | of_groups
+        of_groups
+        | {"e2e": readme_table(groups["must"]), "e2e_rates": rates_table(short)}
+        | {"e2e_seconds": seconds_table(short, e2e)}
         | {name: benchmarks.table(name, bench) for name in benchmarks.HEADS}
         | {"speed": benchmarks.speed(bench)}
     )
+
+
+def make_figures() -> dict[Path, list[Group]]:
+    """Every figure's file, with the groups that it shows."""
+    e2e = read_results(RESULTS / "e2e")
+    groups = {name: e2e_groups(name, e2e) for name in GROUPS}
+    return {
+        FIGURES / f"{figure}.png": own
+        for name, own in groups.items()
+        if any(group.results for group in own)
+        for figure in figures.of_group(name)
+    }
 
 
 def tables_of(page: Path, tables: dict[str, str]) -> dict[str, str]:
@@ -167,46 +208,35 @@ def filled(page: str, tables: dict[str, str]) -> str:
     return re.sub(pattern, lambda m: m[1] + tables[m[2]] + m[3], page, flags=re.DOTALL)
 
 
-def differing(tables: dict[str, str], results: list[dict]) -> list[str]:
+def differing(tables: dict[str, str], drawn: dict[Path, list[Group]]) -> list[Path]:
     """The pages and figures that are not what results/ says."""
     pages = [ROOT / name for name in PAGES if (ROOT / name).exists()]
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
     stale = [page for page, text in texts.items() if filled(text, tables_of(page, tables)) != text]
-    for name in figures.FIGURES:
-        path = FIGURES / f"{name}.png"
-        if figures.source_of(path) != figures.digest(name, results):
+    for path, groups in drawn.items():
+        if figures.source_of(path) != figures.digest(path.stem, groups):
             stale.append(path)
-    e2e = read_results(RESULTS / "e2e")
-    for name in GROUPS:
-        path, groups = FIGURES / f"e2e_{name}.png", e2e_groups(name, e2e)
-        if any(g.results for g in groups) and figures.source_of(path) != compare.digest(groups):
-            stale.append(path)
-    return [str(path.relative_to(ROOT)) for path in stale]
+    return stale
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, name what differs")
     args = parser.parse_args()
-    tables, results = make_tables(), read_results(RESULTS / "e2e-mini")
-    stale = differing(tables, results)
-    if args.check:
-        for name in stale:
+    tables, drawn = make_tables(), make_figures()
+    for path in (stale := differing(tables, drawn)):
+        name = path.relative_to(ROOT)
+        if args.check:
             print(f"{name} differs from results/; run python -m experiments.tables")
-        return 1 if stale else 0
-    for name in stale:
-        path = ROOT / name
-        if path.stem in figures.FIGURES:
-            figures.draw(path, results)
-        elif path.suffix == ".png":
-            own = path.stem.removeprefix("e2e_")
-            compare.draw(path, e2e_groups(own, read_results(RESULTS / "e2e")))
+            continue
+        if path in drawn:
+            figures.draw(path, drawn[path])
         else:
             text = filled(path.read_text(encoding="utf-8"), tables_of(path, tables))
             with replacing(path) as file:
                 file.write(text)
         print(f"{name}: written")
-    return 0
+    return 1 if args.check and stale else 0
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ LEFT_OUT = {
     "METHOD=full bash scripts/dart.sh": "tests/test_pipeline_scripts.py",
     "MODEL=gpt2.nano TRAIN_ROWS=8000 VALID_ROWS=400 TEST_ROWS=1000 MAX_STEP=1000 WARMUP_STEP=100 "
     "LR=5e-3 bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
+    "MODEL=gpt2.mini LR=1e-2 MAX_STEP=1000 WARMUP_STEP=100 VALID_ROWS=400 bash scripts/e2e.sh":
+        "the same",
     "python -m experiments.soak --steps 2000 --kills 20": "tests/test_soak.py",
-    "MODEL=gpt2.mini LR=5e-3 MAX_STEP=1000 WARMUP_STEP=100 bash scripts/e2e.sh": "the same",
     "python -m data.make_base mini": "hours; tests/test_mini_base.py reads it",
     "python convert_adapter.py --adapter runs/e2e --init_checkpoint gpt2-medium --to peft --output "
     "e2e-peft --scores scores.json --push_to_hub OWNER/NAME": "tests/test_hand_on.py",

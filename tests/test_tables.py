@@ -1,37 +1,61 @@
 """Tables and figures are those of results/, and say nothing that was not run."""
 
-import itertools
 import json
 import re
-import statistics
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
 
+import checkpoints
 from common.errors import InputError
-from experiments import chinese, compare, figures, plot_run, tables
+from experiments import chinese, figures, plot_run, tables
+from experiments.e2e import GROUPS
 
-SWEEP = tables.read_results(ROOT / "results" / "e2e-mini")
+E2E = ROOT / "results" / "e2e"
 
 
 def cells(table: str) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
 
 
-def a_run(kind: str = "lora", rank: int = 4, rows: int = 42_061, bleu: float = 0.5) -> dict:
-    scores = {"BLEU": bleu, "NIST": 5.0, "METEOR": 0.3, "ROUGE_L": 0.6, "CIDEr": 1.5}
+def a_run(method: str = "full", steps: int = 5000, seed: int = 1, **own: object) -> dict:
+    scores = {
+        "BLEU": 0.5 + seed / 100, "NIST": 8.5, "METEOR": None, "ROUGE_L": 0.7, "CIDEr": 2.1,
+        "SER": 0.1, "coverage": 0.9,
+    }  # fmt: skip
     return {
-        "kind": kind, "rank": rank, "rows": rows, "scores": scores, "trainable": 1234, "lr": 0.1,
-        "steps": 1000, "batch": 8, "valid_loss": {"last": 2.0, "best": 1.9},
-        "targets": "q,v", "curves": {"valid": [[250, 3.0], [500, 2.0]]},
+        "method": method, "steps": steps, "seed": seed, "variant": "", "subset": 0, "lr": 0.1,
+        "rows": 50, "trainable": 20_480, "scores": scores, "valid_loss": {"last": 2.0, "best": 1.9},
+        "seconds": {"training": None, "decoding": 60.0, "scoring": 12.0}, "peak_memory_gb": 1.0,
+        "curves": {"valid": [[steps // 2, 3.0], [steps, 2.0 + seed / 10]]},
+    } | own  # fmt: skip
+
+
+def a_short_run(method: str, lr: float, loss: float | None, variant: str = "") -> dict:
+    return {
+        "method": method, "variant": variant, "settings": {"lr": lr}, "valid_loss": {"last": loss},
+        "seconds": {"training": 100 * lr},
     }  # fmt: skip
 
 
 def test_pages_and_figures_are_those_of_results() -> None:
-    assert tables.differing(tables.make_tables(), SWEEP) == []
+    assert tables.differing(tables.make_tables(), tables.make_figures()) == []
+
+
+def test_every_result_of_e2e_is_of_the_shipped_base_and_of_the_best_learning_rate() -> None:
+    base = checkpoints.read_base(str(ROOT / "data" / "mini" / "model.safetensors"))
+    short = tables.read_results(E2E / "grid")
+    for result in tables.read_results(E2E):
+        assert result["settings"]["base"] == base.fingerprint
+        losses = tables.grid_losses(short, result["method"], result["variant"])
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        assert result["lr"] == min(finite, key=finite.__getitem__), result["method"]
+
+
+def test_the_share_of_the_weights_is_of_all_that_full_fine_tuning_trains() -> None:
+    full = [r for r in tables.read_results(E2E / "grid") if r["method"] == "full"]
+    assert {r["trainable"] for r in full} == {tables.WEIGHTS}
 
 
 def test_tables_of_the_chinese_readme_are_in_chinese_with_the_same_numbers() -> None:
@@ -44,112 +68,120 @@ def test_tables_of_the_chinese_readme_are_in_chinese_with_the_same_numbers() -> 
 
 
 def test_a_row_has_mean_and_deviation_of_its_own_runs_in_the_papers_units() -> None:
-    bleus = [0.41, 0.44, 0.50]
-    runs = [a_run(bleu=bleu) for bleu in bleus]
-    others = [a_run("dora"), a_run(rank=16), a_run(rows=100)]
-    rows = cells(tables.kinds_table(runs + others))
-    mean, sd = 100 * statistics.mean(bleus), 100 * statistics.stdev(bleus)
-    lora = next(row for row in rows if row[0] == "LoRA")
-    assert lora[1:4] == ["1,234", "0.1", f"{mean:.1f} ± {sd:.1f}"] and lora[-1] == "3 of 3"
-    assert lora[3] == "45.0 ± 4.6"
+    runs = [a_run("lora-r4", seed=seed) for seed in (1, 2, 3, 4)]
+    runs += [a_run("lora-r4", steps=1000), a_run("lora-r16"), a_run("lora-r4", variant="cleaned")]
+    head, _, full, r4, r16, _ = cells(tables.e2e_table(tables.e2e_groups("must", runs)))
+    assert head == [
+        "method", "trained", "% of the weights", "lr", "BLEU", "NIST", "MET", "ROUGE-L", "CIDEr",
+        "SER", "valid loss", "seeds",
+    ]  # fmt: skip
+    assert r4[:7] == ["LoRA, r 4", "20,480", "0.40", "0.1", "52.0 ± 1.0", "8.50 ± 0.00", ""]
+    assert r4[9:] == ["10.0 ± 0.0", "2.000 ± 0.000", "3 of 3"]
+    assert r16[4] == "51.0" and r16[-1] == "1 of 3"
+    assert full[0] == "full fine-tuning" and not any(full[1:])
 
 
-def test_what_was_not_run_is_an_empty_cell() -> None:
-    table = tables.ranks_table([a_run(rank=1)])
-    assert "| 1 | alpha/r | 1,234 | 50.0 | 5.00 |" in table
-    assert "| 64 | alpha/√r |  |  |  |" in table
-    assert "| 4,000 |  |  |" in tables.data_table([])
+def test_with_little_data_rows_are_told_and_the_loss_is_that_of_the_decoded_adapter() -> None:
+    runs = [a_run(steps=400, seed=seed, subset=50) for seed in (1, 2)]
+    groups = tables.e2e_groups("lowdata", runs)
+    head, _, small, other, *_ = cells(tables.e2e_table(groups, GROUPS["lowdata"].choose))
+    assert head[:2] == ["method", "rows"] and small[1] == "50"
+    assert small[5] == "51.5 ± 0.7" and small[-2:] == ["1.900 ± 0.000", "2 of 5"]
+    assert other[:2] == ["LoRA, r 4", "50"] and not any(other[2:])
 
 
-def test_runs_without_adapters_have_no_rank() -> None:
-    full = a_run("full", rank=0)
-    assert tables.runs_of([full, a_run()], tables.Setting("full", rank=0)) == [full]
+def test_runs_on_cleaned_rows_stand_apart_from_those_on_all() -> None:
+    runs = [a_run(steps=1000), a_run(steps=1000, seed=2, variant="cleaned")]
+    rows = {row[0]: row for row in cells(tables.e2e_table(tables.e2e_groups("cleaned", runs)))}
+    assert rows["full fine-tuning"][4] == "51.0"
+    assert rows["full fine-tuning, cleaned rows"][4] == "52.0"
 
 
-def an_e2e_run(method: str, steps: int, seed: int, **own: object) -> dict:
-    scores = {"BLEU": 0.5 + seed / 100, "SER": 0.1, "coverage": 0.9, "METEOR": None}
-    return a_run() | {
-        "method": method, "steps": steps, "seed": seed, "variant": "", "subset": 0,
-        "scores": scores, "seconds": {"training": None}, "peak_memory_gb": 1.0,
-    } | own  # fmt: skip
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_table_without_results_has_its_rows_and_no_figure(name: str) -> None:
+    groups = tables.e2e_groups(name, [])
+    rows = cells(tables.e2e_table(groups))
+    assert len(rows) == 2 + len(groups) and rows[0][-1] == "seeds"
+    assert tables.pictures(name, groups) == ""
 
 
-def test_a_group_of_the_e2e_runs_has_its_own_results_alone() -> None:
-    runs = [an_e2e_run("full", 1000, seed) for seed in (1, 2, 3, 4)]
-    runs += [an_e2e_run("full", 5000, 1), an_e2e_run("full", 1000, 1, variant="cleaned")]
-    runs += [an_e2e_run("full", 400, seed, subset=50) for seed in (1, 2)]
-    plain, _, cleaned, _ = cells(compare.table(tables.e2e_groups("cleaned", runs)))[2:]
-    assert plain[:5] == ["full fine-tuning", "1,234", "0.1", "52.0 ± 1.0", "10.0 ± 0.0"]
-    assert plain[-1] == "3 of 3" and cleaned[3] == "51.0" and cleaned[-1] == "1 of 3"
-    head, _, small, none, *_ = cells(compare.table(tables.e2e_groups("lowdata", runs)))
-    assert head[:6] == ["method", "rows", "trained", "lr", "BLEU", "SER"]
-    assert small[1:5] == ["50", "1,234", "0.1", "51.5 ± 0.7"] and small[-1] == "2 of 5"
-    assert none[0] == "LoRA, r 4" and set("".join(none[2:])) <= {"|"}
+def test_the_readme_has_what_was_trained_and_two_scores() -> None:
+    runs = [a_run("lora-r16", seed=seed, trainable=81_920) for seed in (1, 2, 3)]
+    _, _, _, _, r16, _ = cells(tables.readme_table(tables.e2e_groups("must", runs)))
+    assert r16 == ["LoRA, r 16", "81,920", "1.60", "52.0 ± 1.0", "10.0 ± 0.0", "3 of 3"]
 
 
-@pytest.mark.parametrize("name", ["cleaned", "lowdata"])
-def test_a_figure_of_the_e2e_runs_carries_the_digest_of_its_numbers(
-    name: str, tmp_path: Path
-) -> None:
-    own = {"cleaned": {"steps": 1000}, "lowdata": {"steps": 400, "subset": 50}}[name]
-    more = {"subset": 200} if name == "lowdata" else {"method": "lora-r4"}
-    runs = [an_e2e_run("full", seed=seed, **own) for seed in (1, 2)]
-    runs += [an_e2e_run(**{"method": "full", "seed": 1} | own | more)]
-    groups = tables.e2e_groups(name, runs)
-    assert compare.draw(tmp_path / "a.png", groups)
-    assert figures.source_of(tmp_path / "a.png") == compare.digest(groups)
-    assert compare.digest(tables.e2e_groups(name, runs[:2])) != compare.digest(groups)
+def test_learning_rates_are_told_with_the_best_in_bold() -> None:
+    short = [a_short_run("full", 5e-4, 1.4), a_short_run("full", 1e-3, 1.3)]
+    short += [a_short_run("full", 2e-3, None), a_short_run("full", 5e-4, 1.2, "cleaned")]
+    head, _, *rows = cells(tables.rates_table(short))
+    of = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    full = of["full fine-tuning"]
+    assert (full["0.0005"], full["0.001"], full["0.002"]) == ("1.400", "**1.300**", "diverged")
+    assert of["full fine-tuning, cleaned rows"]["0.0005"] == "**1.200**"
+    assert head[1:] == ["0.0005", "0.001", "0.002"] and len(rows) == 2
+
+
+def test_seconds_are_those_of_parts_that_were_not_interrupted() -> None:
+    short = [a_short_run("full", lr, 1.0) for lr in (1, 2, 4)]
+    rows = cells(tables.seconds_table(short, [a_run(), a_run(seed=2)]))[2:]
+    assert rows[0] == ["training, 200 steps", "200 (100 to 400)", "3"]
+    assert rows[-3][0] == "training, 5,000 steps" and not any(rows[-3][1:])
+    assert rows[-2] == ["decoding", "60 (60 to 60)", "2"]
 
 
 def test_a_page_with_an_old_number_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     page = tmp_path / "README.md"
-    page.write_text("a\n<!-- table: kinds -->\nold\n<!-- end -->\nb\n", encoding="utf-8")
+    page.write_text("a\n<!-- table: e2e -->\nold\n<!-- end -->\nb\n", encoding="utf-8")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "FIGURES", ROOT / "docs" / "figures")
     made = tables.make_tables()
-    assert tables.differing(made, SWEEP) == ["README.md"]
+    assert tables.differing(made, {}) == [page]
     text = tables.filled(page.read_text(encoding="utf-8"), made)
-    assert text.startswith("a\n<!-- table: kinds -->\n| method |")
+    assert text.startswith("a\n<!-- table: e2e -->\n| method |")
     assert text.endswith("|\n<!-- end -->\nb\n")
     with pytest.raises(KeyError):
         tables.filled("<!-- table: nobodys -->\n<!-- end -->", made)
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
-def test_a_figure_carries_the_digest_of_the_numbers_it_shows(name: str, tmp_path: Path) -> None:
-    path = tmp_path / f"{name}.png"
+OWN = {"must": {}, "cleaned": {"steps": 1000}, "lowdata": {"steps": 400, "subset": 50}}
+OTHER = {
+    "must": {"method": "lora-r4"},
+    "cleaned": {"variant": "cleaned"},
+    "lowdata": {"subset": 200},
+}
+DRAWN = [(group, figure) for group in OWN for figure in figures.of_group(group)]
+
+
+@pytest.mark.parametrize(("group", "figure"), DRAWN)
+def test_a_figure_carries_the_digest_of_its_numbers(
+    group: str, figure: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"{figure}.png"
     assert figures.source_of(path) is None
-    runs = [a_run(bleu=0.4), a_run(bleu=0.5), a_run("full", 0), a_run(rank=16), a_run(rows=100)]
-    figures.draw(path, runs)
-    assert figures.source_of(path) == figures.digest(name, runs)
-    assert figures.digest(name, runs) != figures.digest(name, SWEEP)
+    runs = [a_run(**{"seed": seed} | OWN[group]) for seed in (1, 2)]
+    runs.append(a_run(**OWN[group] | OTHER[group]))
+    groups = tables.e2e_groups(group, runs)
+    figures.draw(path, groups)
+    assert figures.source_of(path) == figures.digest(figure, groups)
+    assert figures.digest(figure, tables.e2e_groups(group, runs[:2])) != figures.source_of(path)
+    assert f"figures/{figure}.png" in tables.pictures(group, groups)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.2))
-def test_labels_are_moved_apart_in_their_order_and_no_further_than_needed(places, gap) -> None:
-    moved = figures.spread(places, gap)
-    order = sorted(range(len(places)), key=lambda i: (places[i], i))
-    ordered = [moved[i] for i in order]
-    assert all(b - a > gap - 1e-9 for a, b in itertools.pairwise(ordered))
-    assert statistics.mean(moved) == pytest.approx(statistics.mean(places))
-    if all(b - a > gap for a, b in itertools.pairwise(sorted(places))):
-        assert moved == pytest.approx(places)
-
-
-@pytest.mark.parametrize("name", ["bleu_by_rank", "low_data", "bleu_by_trained"])
-def test_an_axis_of_bleu_starts_at_zero_and_a_figure_has_a_title(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_bleu_by_size_starts_at_zero_with_lines_at_full_fine_tuning_and_close_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib import pyplot
 
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)
-    figures.draw(tmp_path / f"{name}.png", [a_run(bleu=0.40), a_run(bleu=0.41), a_run(rank=16)])
+    runs = [a_run(seed=seed) for seed in (1, 3)] + [a_run("lora-r4")]
+    figures.draw(tmp_path / "e2e_trained.png", tables.e2e_groups("must", runs))
     axes = drawn[0].axes[0]
-    limits = axes.get_xlim() if name == "bleu_by_trained" else axes.get_ylim()
-    assert limits[0] == 0 and drawn[0].get_suptitle()
+    levels = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]]
+    assert levels == pytest.approx([52.0, 0.95 * 52])
+    assert axes.get_ylim()[0] == 0 and axes.get_title()
 
 
 def test_points_are_mean_least_and_greatest_over_seeds() -> None:

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gpu
 from common.errors import InputError, Parser
@@ -242,7 +242,7 @@ def evaluate(
     model = gpu.unwrap(model)
     mine = range(runtime.rank, len(data), runtime.world_size)
     most = math.ceil(len(data) / runtime.world_size)
-    loss_sum = count = 0.0
+    parts: list[tuple[Tensor, float]] = []  # read at the end, so that no batch waits for another
     model.eval()
     try:
         for start in range(0, most, batch_size):
@@ -251,11 +251,11 @@ def evaluate(
                 batch = runtime.to_device(data.batch(rows))
                 with runtime.autocast():
                     _, loss = model(batch)
-                loss_sum += float(loss) * batch.count
-                count += batch.count
+                parts.append((loss, batch.count))
     finally:
         model.train()
-    loss_sum, count = runtime.sum(loss_sum, count)
+    own = sum(float(loss) * count for loss, count in parts), sum(count for _, count in parts)
+    loss_sum, count = runtime.sum(*own)
     return loss_sum / count, perplexity(loss_sum / count)
 
 

@@ -64,6 +64,7 @@ GROUPS = {
             f"adapter_l:dim=6,{ADAPTERS}",
             f"adapter_l:dim=64,{ADAPTERS}",
             f"adapter_h:dim=32,{ADAPTERS}",
+            f"prefix:length=5,{ADAPTERS}",
             f"lora:r=4,{LORA}",
         )
     ),  # fmt: skip

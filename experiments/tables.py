@@ -153,10 +153,16 @@ def middle(seconds: Sequence[float]) -> str:
     return f"{statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
 
 
-def pictures(name: str, groups: Sequence[Group]) -> str:
-    """The figures of a group of runs as its page in docs/ shows them, if there are results."""
+def e2e_section(name: str, groups: Sequence[Group]) -> str:
+    """Table and figures of a group of runs; where there is no result yet, how to get them."""
     if not any(group.results for group in groups):
-        return ""
+        runs = sum(group.asked for group in groups)
+        return f"Not run yet: `python -m experiments.e2e {name}`, {runs} runs.\n"
+    return e2e_table(groups, GROUPS[name].choose) + pictures(name)
+
+
+def pictures(name: str) -> str:
+    """The figures of a group of runs as its page in docs/ shows them."""
     lines = [f"![{text}](figures/{own}.png)\n" for own, text in figures.of_group(name).items()]
     return "\n" + "".join(lines)
 
@@ -166,10 +172,7 @@ def make_tables() -> dict[str, str]:
     e2e, short = read_results(RESULTS / "e2e"), read_results(RESULTS / "e2e" / "grid")
     bench = read_results(RESULTS / "bench")
     groups = {name: e2e_groups(name, e2e) for name in GROUPS}
-    of_groups = {
-        f"e2e_{name}": e2e_table(own, GROUPS[name].choose) + pictures(name, own)
-        for name, own in groups.items()
-    }
+    of_groups = {f"e2e_{name}": e2e_section(name, own) for name, own in groups.items()}
     return (
         of_groups
         | {"e2e": readme_table(groups["must"]), "e2e_rates": rates_table(short)}

@@ -98,11 +98,11 @@ def test_runs_on_cleaned_rows_stand_apart_from_those_on_all() -> None:
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_a_table_without_results_has_its_rows_and_no_figure(name: str) -> None:
+def test_where_nothing_was_run_a_page_says_how_to_run_it(name: str) -> None:
     groups = tables.e2e_groups(name, [])
-    rows = cells(tables.e2e_table(groups))
-    assert len(rows) == 2 + len(groups) and rows[0][-1] == "seeds"
-    assert tables.pictures(name, groups) == ""
+    section = tables.e2e_section(name, groups)
+    runs = sum(group.asked for group in groups)
+    assert section == f"Not run yet: `python -m experiments.e2e {name}`, {runs} runs.\n"
 
 
 def test_the_readme_has_what_was_trained_and_two_scores() -> None:
@@ -166,7 +166,7 @@ def test_a_figure_carries_the_digest_of_its_numbers(
     figures.draw(path, groups)
     assert figures.source_of(path) == figures.digest(figure, groups)
     assert figures.digest(figure, tables.e2e_groups(group, runs[:2])) != figures.source_of(path)
-    assert f"figures/{figure}.png" in tables.pictures(group, groups)
+    assert f"figures/{figure}.png" in tables.e2e_section(group, groups)
 
 
 def test_bleu_by_size_starts_at_zero_with_lines_at_full_fine_tuning_and_close_to_it(

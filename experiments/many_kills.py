@@ -49,7 +49,7 @@ METHODS = {
     "top": ["--lora_dim", "0", "--train_top", "1", "--keep_last", "1"],
     "top2": ["--method", "top2", "--keep_last", "1"],
     "bias": ["--method", "bitfit"],
-    "best by BLEU": ["--valid_metric", "bleu,loss", "--valid_beam", "2", "--valid_eval_len", "16"],
+    "best by BLEU": ["--valid_metric", "bleu", "--valid_texts", "6", "--valid_beam", "2"],
 }
 
 

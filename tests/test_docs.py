@@ -33,6 +33,7 @@ LEFT_OUT = {
     "bash scripts/kill_and_resume.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/test.sh tests/test_oracles.py": "this is one of them",
     "bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
+    "SELECT=best bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/webnlg.sh": "tests/test_pipeline_scripts.py",
     "bash scripts/dart.sh": "tests/test_pipeline_scripts.py",
     "METHOD=adapter_l bash scripts/e2e.sh": "tests/test_pipeline_scripts.py",

@@ -252,11 +252,19 @@ def add_validation_flags(parser: argparse.ArgumentParser) -> None:
         help="Whose scores they are. Default: own; e2e with nist or ser, which it alone has.",
     )
     add("--valid_texts", type=int, help="Only the first N contexts are decoded. Default: all.")
-    for name, kind in (
-        ("beam", int), ("eval_len", int), ("length_penalty", float), ("no_repeat_ngram_size", int),
-    ):  # fmt: skip
-        value = getattr(SearchSettings, name)
-        add(f"--valid_{name}", type=kind, help=f"As gpt2_beam.py's --{name}. Default: {value}.")
+    search = SearchSettings()
+    add("--valid_beam", type=int, help=f"As gpt2_beam.py's --beam. Default: {search.beam}.")
+    add("--valid_eval_len", type=int, help=f"As its --eval_len. Default: {search.eval_len}.")
+    add(
+        "--valid_length_penalty",
+        type=float,
+        help=f"As its --length_penalty. Default: {search.length_penalty}.",
+    )
+    add(
+        "--valid_no_repeat_ngram_size",
+        type=int,
+        help=f"As its --no_repeat_ngram_size. Default: {search.no_repeat_ngram_size}.",
+    )
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:

@@ -6,14 +6,14 @@
         --methods lora:r=4 lora:r=16,targets=all full top2 bitfit --lr 2e-4 1e-3 5e-3 \\
         --max_step 2000 --seeds 3
 
-The learning rate of each method is that of the lowest validation loss after --grid_steps. Each run
+The learning rate of each method is chosen by the validation loss after --grid_steps. Each run
 writes its result into --out, its files into --out/runs. The same command again does what is missing
 and resumes what was stopped. At the end stand a table and a figure in --out/comparison.md and .png.
 """
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ FILES = {
     "init_checkpoint": "base: file, folder or gpt2[-medium ...]",
 }
 RATES = (2e-4, 1e-3, 5e-3)
+LOSS_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Comparison:
         if not runs:
             return self.rates_of(method)[0]
         losses = {run.lr: read_result(run)["valid_loss"]["last"] for run in runs if is_done(run)}
-        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
-        return min(finite, key=finite.__getitem__, default=None)
+        return chosen_rate(losses)
 
     def runs(self) -> list[Run]:
         """The runs of the methods whose learning rate is known, those of the first seed first."""
@@ -206,6 +206,15 @@ def launch(runs: list[Run], args: argparse.Namespace) -> bool:
     if args.launcher == "slurm":
         return submit(runs, args.workers, args.threads, args.sbatch)
     return carry_out(runs, args.workers, args.threads)
+
+
+def chosen_rate(losses: Mapping[float, float | None]) -> float | None:
+    """Return the lowest learning rate whose loss is within 1 % of the best, as what just does in a
+    short run may diverge in a long one, which stays longer at its peak. A loss of None is that of a
+    run that diverged; None where every one did."""
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    limit = (1 + LOSS_TOLERANCE) * min(finite.values(), default=0)
+    return min((rate for rate, loss in finite.items() if loss <= limit), default=None)
 
 
 def said_of_rate(comparison: Comparison, method: Method) -> str:

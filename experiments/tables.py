@@ -23,6 +23,7 @@ from experiments import chinese, figures
 from experiments.compare import SCORES, Group, mean_sd
 from experiments.e2e import GRID_STEPS, GROUPS
 from experiments.methods import parse_methods
+from experiments.sweep import chosen_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,7 +102,7 @@ def seeds(group: Group) -> str:
 
 
 def rates_table(results: list[dict]) -> str:
-    """Validation loss of each method at each learning rate that was tried, the lowest in bold."""
+    """Validation loss of each method at each learning rate that was tried, the chosen in bold."""
     titles = {
         (method.name, variant): Group(method, variant, 0, 1, ()).title
         for group in GROUPS.values()
@@ -111,9 +112,9 @@ def rates_table(results: list[dict]) -> str:
     rates = sorted({rate for losses in tried.values() for rate in losses})
     lines = []
     for title, losses in tried.items():
-        least = min((loss for loss in losses.values() if loss is not None), default=None)
         if losses:
-            lines.append([title, *(loss_cell(losses, rate, least) for rate in rates)])
+            chosen = chosen_rate(losses)
+            lines.append([title, *(loss_cell(losses, rate, rate == chosen) for rate in rates)])
     return grid(["method", *(f"{rate:g}" for rate in rates)], lines)
 
 
@@ -123,13 +124,13 @@ def grid_losses(results: list[dict], name: str, variant: str) -> dict[float, flo
     return {r["settings"]["lr"]: r["valid_loss"]["last"] for r in own}
 
 
-def loss_cell(losses: dict[float, float | None], rate: float, least: float | None) -> str:
+def loss_cell(losses: dict[float, float | None], rate: float, is_chosen: bool) -> str:
     if rate not in losses:
         return ""
     loss = losses[rate]
     if loss is None:
         return "diverged"
-    return f"**{loss:.3f}**" if loss == least else f"{loss:.3f}"
+    return f"**{loss:.3f}**" if is_chosen else f"{loss:.3f}"
 
 
 def seconds_table(short: list[dict], results: list[dict]) -> str:

@@ -224,7 +224,7 @@ def test_a_pooled_score_is_that_of_the_texts_of_all_seeds_as_one_corpus(items) -
     assert compare.pooled(makers).score() == pytest.approx(both.score / 100, abs=1e-9)
 
 
-def test_the_learning_rate_of_the_lowest_loss_is_taken_and_one_that_failed_is_not(
+def test_the_learning_rate_of_the_best_loss_is_taken_and_one_that_failed_is_not(
     tmp_path: Path,
 ) -> None:
     setup, method = a_setup(tmp_path), Method.parse("full:lr=1/2/3")
@@ -238,6 +238,12 @@ def test_the_learning_rate_of_the_lowest_loss_is_taken_and_one_that_failed_is_no
         run.result.write_text(json.dumps(found), encoding="utf-8")
     assert comparison.rate(method) == 2 and comparison.runs()[0].lr == 2
     assert sweep.said_of_rate(comparison, method) == "learning rate 2"
+
+
+def test_a_rate_is_the_lowest_that_comes_within_a_percent_of_the_best() -> None:
+    assert sweep.chosen_rate({0.1: 2.0, 0.2: 1.009, 0.3: 1.0, 0.4: None}) == 0.2
+    assert sweep.chosen_rate({0.1: 1.02, 0.2: 1.0}) == 0.2
+    assert sweep.chosen_rate({0.1: None}) is None and sweep.chosen_rate({}) is None
 
 
 @pytest.mark.parametrize("change", ["base", "train", "test", "rows", "task", "beam", "seq_len"])

@@ -11,6 +11,7 @@ import checkpoints
 from common.errors import InputError
 from experiments import chinese, figures, plot_run, tables
 from experiments.e2e import GROUPS
+from experiments.sweep import chosen_rate
 
 E2E = ROOT / "results" / "e2e"
 
@@ -49,8 +50,7 @@ def test_every_result_of_e2e_is_of_the_shipped_base_and_of_the_best_learning_rat
     for result in tables.read_results(E2E):
         assert result["settings"]["base"] == base.fingerprint
         losses = tables.grid_losses(short, result["method"], result["variant"])
-        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
-        assert result["lr"] == min(finite, key=finite.__getitem__), result["method"]
+        assert result["lr"] == chosen_rate(losses), result["method"]
 
 
 def test_the_share_of_the_weights_is_of_all_that_full_fine_tuning_trains() -> None:

@@ -6,8 +6,9 @@ A method is a kind and its settings; those left out have the defaults of gpt2_ft
 learning rates of the method's own, between which the shortest runs decide.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,13 +90,14 @@ class Method:
         for pair in filter(None, re.split(r",(?=\w+=)", given)):
             setting, _, value = pair.partition("=")
             if setting == "lr":
-                rates = tuple(float(_number(text, rate, float)) for rate in value.split("/"))
+                given_rates = [float(_number(text, rate, float)) for rate in value.split("/")]
+                rates = checked_rates(given_rates, f"--methods {text}: lr")
             elif setting not in options:
                 known = ", ".join([*options, "lr"])
                 raise InputError(f"--methods {text}: {setting!r} is no setting of {name}: {known}")
             else:
                 number = _number(text, value, options[setting].type)
-                values[setting] = value if isinstance(number, str) else f"{number:g}"
+                values[setting] = _shortest(number)
         return cls(name, tuple(values.items()), rates)
 
     @property
@@ -127,6 +129,21 @@ class Method:
     def describe(self) -> dict[str, str]:
         """Return kind and settings by name, as a result's `settings` keep them."""
         return {"kind": self.kind, **dict(self.settings)}
+
+
+def checked_rates(rates: Iterable[float], source: str) -> tuple[float, ...]:
+    """Return the learning rates, each once; raise InputError, which `source` begins, for one that
+    trains nothing."""
+    distinct = tuple(dict.fromkeys(rates))
+    if wrong := [rate for rate in distinct if not 0 < rate < math.inf]:
+        raise InputError(f"{source} {wrong[0]:g} must be above 0 and finite")
+    return distinct
+
+
+def _shortest(value: int | float | str) -> str:
+    """The shortest text that is read as this value again: 8 for 8.0."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def _number(text: str, value: str, kind: type) -> int | float | str:

@@ -12,7 +12,7 @@ and resumes what was stopped. At the end stand a table and a figure in --out/com
 """
 
 import argparse
-import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from data.readers import DataFile
 from eval.metrics import METRICS
 from experiments.compare import write_report
 from experiments.launch import carry_out
-from experiments.methods import KINDS, Method, parse_methods
+from experiments.methods import KINDS, Method, checked_rates, parse_methods
 from experiments.runs import GRID_SEED, Run, Setup, is_done, read_result
 from experiments.slurm import submit
 
@@ -39,6 +39,13 @@ FILES = {
 }
 RATES = (2e-4, 1e-3, 5e-3)
 LOSS_TOLERANCE = 0.01
+# The trainer's flags by which a run is what its name, its table row and its result say.
+SET_BY_RUNS = {
+    "--method", "--use_rslora", "--lora_kind", "--train_top",
+    "--vocab", "--fields", "--train_data", "--valid_data", "--init_checkpoint", "--lr",
+    "--max_step", "--random_seed", "--train_batch_size", "--seq_len", "--work_dir", "--resume",
+    *(f"--{option.flag}" for kind in KINDS.values() for option in kind.options.values()),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,9 +157,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
     if min(args.rows) < 0:
         raise InputError(f"--rows {min(args.rows)} must be at least 0, which is all")
-    if wrong := [lr for lr in args.lr if not 0 < lr < math.inf]:
-        raise InputError(f"--lr {wrong[0]:g} must be above 0 and finite")
+    args.lr = checked_rates(args.lr, "--lr")
+    check_train_flags(args.train_flags)
     return args
+
+
+def check_train_flags(text: str) -> None:
+    """Refuse flags of --train_flags that would take the place of those that each run sets.
+
+    Raises:
+        InputError: names the flag, or says that the text cannot be split into flags.
+    """
+    try:
+        given = [word.partition("=")[0] for word in shlex.split(text) if word.startswith("-")]
+    except ValueError as error:
+        raise InputError(f"--train_flags {text!r} cannot be read: {error}") from error
+    for flag in given:
+        # The trainer knows a flag by the beginning of its name, too.
+        if any(own.startswith(flag) for own in SET_BY_RUNS):
+            raise InputError(
+                f"--train_flags has {flag}, which each run sets itself; give it to the sweep, as a "
+                "flag or a setting of --methods, or leave it out"
+            )
 
 
 def make_setup(args: argparse.Namespace, **own: Any) -> Setup:

@@ -67,6 +67,12 @@ def test_the_flags_of_a_kind_are_known_to_the_trainer(kind: str) -> None:
         ("lora:targets=q,k,v,r=2", "lora-r2-qkv", "LoRA, r 2, q,k,v"),
         ("dora:r=4,alpha=16.0", "dora-r4-alpha16", "DoRA, r 4, alpha 16"),
         ("full:lr=1e-3/5e-3", "full", "full fine-tuning"),
+        ("lora:alpha=1234567", "lora-r4-alpha1234567.0", "LoRA, r 4, alpha 1234567.0"),
+        (
+            "prefix:hidden=1000000",
+            "prefix-length5-hidden1000000",
+            "prefix, length 5, hidden 1000000",
+        ),
     ],
 )
 def test_a_method_is_named_by_what_is_not_its_default(text: str, name: str, title: str) -> None:
@@ -81,11 +87,53 @@ def test_a_method_is_named_by_what_is_not_its_default(text: str, name: str, titl
         ("full:r=4", "'r' is no setting of full: lr"),
         ("lora:r=four", "'four' is not a whole number"),
         ("lora:lr=fast", "'fast' is not a number"),
+        ("lora:lr=0", "--methods lora:lr=0: lr 0 must be above 0 and finite"),
+        ("lora:lr=1e-3/nan", "lr nan must be above 0 and finite"),
     ],
 )
 def test_a_method_that_does_not_exist_is_one_sentence(text: str, says: str) -> None:
     with pytest.raises(InputError, match=re.escape(says)):
         Method.parse(text)
+
+
+def test_a_learning_rate_that_is_named_twice_is_one_of_the_grid() -> None:
+    assert Method.parse("lora:lr=1e-3/0.001/5e-3").rates == (1e-3, 5e-3)
+
+
+@given(st.floats(0, 1e300))
+def test_a_setting_reaches_the_trainer_as_the_number_that_was_given(value: float) -> None:
+    flags = Method.parse(f"lora:alpha={value!r}").flags
+    assert float(next(f for f in flags if "alpha" in f).partition("=")[2]) == value
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--lora_dim 8", "has --lora_dim, which each run sets itself"),
+        ("--bf16 --max_s=3", "has --max_s, which each run sets itself"),
+        ("--method full", "has --method, which"),
+        ("--work_dir 'a b'", "has --work_dir, which"),
+        ("--label_smooth '0", "cannot be read: No closing quotation"),
+    ],
+)
+def test_training_flags_that_would_replace_a_run_s_own_are_refused(flags: str, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        sweep.parse_args(["--methods", "full", f"--train_flags={flags}"])
+
+
+def test_flags_that_a_run_sets_are_those_that_are_refused_but_for_its_rhythm(
+    tmp_path: Path,
+) -> None:
+    """How often it is logged, saved and validated may be changed."""
+    rhythm = {
+        "--valid_batch_size", "--eval_interval", "--save_interval", "--keep_last",
+        "--valid_samples", "--log_interval",
+    }  # fmt: skip
+    for kind in KINDS:
+        run = Run(a_setup(tmp_path), Method.parse(kind), 0.1, 2, 1)
+        own = {word.partition("=")[0] for word in commands(run)["training"] if word[:2] == "--"}
+        assert own - rhythm <= sweep.SET_BY_RUNS
+    sweep.check_train_flags("--label_smooth 0 --bf16 --weight_decay -1 --train_bias lora_only")
 
 
 def test_two_methods_of_one_name_are_refused() -> None:

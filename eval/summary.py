@@ -80,13 +80,14 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     try:
         steps = max(record["step"] for record in records)
         valid = [record for record in records if record["kind"] == "valid"]
+        losses = [record["loss"] for record in valid]
         best = best_record(valid, deciding(described["settings"]))
     except (KeyError, TypeError) as error:
         raise InputError(f"{log} is no log of a run: a record lacks {error}") from error
     scores = {name: best[name] for name in SCORES if best and name in best}
     found = {name: described[name] for name in ("settings", "git_commit", "python", "torch")} | {
         "steps": steps,
-        "valid_loss": valid[-1]["loss"] if valid else None,
+        "valid_loss": losses[-1] if losses else None,
         "best_valid_loss": best and best["loss"],
         "best_step": best and best["step"],
     }
@@ -94,9 +95,10 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 
 def best_record(records: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The first of the best records of validations by a metric, None for none."""
+    """The first of the best records of validations by a metric, None for none. A record without it
+    is of a time when the run was to choose by another."""
     best: dict[str, Any] | None = None
-    for record in records:
+    for record in records if metric == LOSS else [r for r in records if metric in r]:
         if is_better(metric, record[metric], best[metric] if best else None):
             best = record
     return best

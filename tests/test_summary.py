@@ -77,6 +77,21 @@ def test_the_best_validation_is_that_of_the_metric_that_chose_it(
     assert result["best_valid_scores"] == {name: chosen[name] for name in ("bleu", "nist", "ser")}
 
 
+def test_validations_before_a_run_was_resumed_under_another_metric_have_no_say(
+    tmp_path: Path,
+) -> None:
+    described = {"git_commit": None, "python": "3", "torch": "2"}
+    described["settings"] = {"valid_metric": "bleu"}
+    (tmp_path / "run.json").write_text(json.dumps(described), encoding="utf-8")
+    by_loss = {"kind": "valid", "step": 2, "loss": 1.0}
+    later = [{"kind": "valid", "step": 2 + n, "loss": 2.0, "bleu": 0.1 * n} for n in (1, 2)]
+    write_rows(tmp_path / "log.jsonl", [by_loss, *later])
+    result = summary.read_run(tmp_path)
+    assert (result["best_step"], result["best_valid_scores"]) == (4, {"bleu": 0.2})
+    write_rows(tmp_path / "log.jsonl", [by_loss])
+    assert summary.read_run(tmp_path)["best_step"] is None
+
+
 @fuzz
 @given(st.lists(mutated(RECORD | {"bleu": 0.5}), min_size=1, max_size=3), anything)
 def test_any_log_of_a_run_by_any_metric_is_summed_up_or_refused(

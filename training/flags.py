@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, object]] = {
 }
 PAPER_DIMS = {"adapter_l": 6, "adapter_h": 112}  # table 3's, on GPT-2 medium
 PAPER_PREFIX = {"prefix_length": 5, "prefix_hidden": 512}  # Li and Liang 2021, on E2E and WebNLG
+LARGEST_HIDDEN = 2**16  # of a prefix's generator, as the largest rank
 # Flags that only some methods have a use for.
 OWN_FLAGS = {
     **dict.fromkeys(

@@ -32,7 +32,7 @@ from optimizer import (
     optimizer_class,
     rate_factor,
 )
-from training.flags import DEFAULT_EPOCHS, FULL_KEEPS, RECIPE_LOG_INTERVAL
+from training.flags import DEFAULT_EPOCHS, FULL_KEEPS, LARGEST_HIDDEN, RECIPE_LOG_INTERVAL
 from training.log import RunLog
 from training.report import (
     print_disk,
@@ -274,6 +274,10 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.method in BOTTLENECKS:
         return {"bottleneck": BottleneckConfig(args.adapter_dim, args.method)}
     if args.method == "prefix":
+        if args.prefix_hidden > LARGEST_HIDDEN:
+            raise InputError(
+                f"--prefix_hidden {args.prefix_hidden} must be at most {LARGEST_HIDDEN}"
+            )
         return {"prefix": PrefixConfig(args.prefix_length, args.prefix_hidden)}
     if args.method != "lora":
         return {}

@@ -20,7 +20,7 @@ from checkpoints import read_adapter
 from common.errors import InputError
 from data_utils import load_tokenizer
 from decoding.packed import PackedLinear, lent_to_decoding
-from eval import choice, evaluate
+from eval import choice, evaluate, summary
 from training import resume, scores, trackers
 
 NANO, SAMPLE = ROOT / "data" / "nano", ROOT / "data" / "sample"
@@ -322,6 +322,15 @@ def test_the_first_metric_decides_what_is_best_and_when_patience_ends(
     assert f"Stopped early after step {last}: 2 validations" in early and f"step {best} (" in early
     value = choice.in_words(metric, values[best // 2 - 1])
     assert end.endswith(f"model.best.safetensors, {value} at step {best}")
+
+
+def test_a_metric_in_capitals_is_kept_as_the_log_spells_it(sample: Tiny) -> None:
+    """Whoever sums the run up looks for it in the log."""
+    more = ["--valid_metric", "BLEU,Loss", "--valid_texts", 2, *SMALL, "--max_step", 4]
+    gpt2_ft.main(argv(sample, "run", *more))
+    result = summary.read_run(sample.folder / "run")
+    assert result["settings"]["valid_metric"] == "bleu,loss"
+    assert "best valid BLEU" in summary.headline(result | {"seconds": {}})
 
 
 def test_what_is_best_is_shown_wherever_a_run_is_followed(

@@ -157,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
     if min(args.rows) < 0:
         raise InputError(f"--rows {min(args.rows)} must be at least 0, which is all")
-    args.lr = checked_rates(args.lr, "--lr")
+    checked_rates(args.lr, "--lr")
     check_train_flags(args.train_flags)
     return args
 
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 1 where a run failed."""
     args = parse_args(None if argv is None else [*argv])
     comparison = Comparison(
-        make_setup(args), tuple(parse_methods(args.methods)), tuple(dict.fromkeys(args.lr)),
+        make_setup(args), tuple(parse_methods(args.methods)), checked_rates(args.lr, "--lr"),
         args.max_step, args.grid_steps, tuple(range(1, args.seeds + 1)),
         tuple(dict.fromkeys(args.rows)),
     )  # fmt: skip

@@ -22,6 +22,7 @@ PARTS = (
     "data",
     "eval",
     "loralib",
+    "methods",
     "common",
     "checkpoints",
     "training",

@@ -102,16 +102,17 @@ class Scoring:
         return self.metrics[0]
 
     def flags(self) -> dict[str, object]:
-        """Return the flags of the scores with the values they came to; none without scores."""
-        if not self.scores:
-            return {}
-        own = {"valid_task": self.task, "valid_texts": self.contexts}
-        return own | {flag: getattr(self.search, name) for flag, name in SEARCH_FLAGS.items()}
+        """Return the flags of the scores as they came to be; of a loss the metric alone."""
+        flags: dict[str, object] = {"valid_metric": ",".join(self.metrics)}
+        if self.scores:
+            flags |= {"valid_task": self.task, "valid_texts": self.contexts}
+            flags |= {flag: getattr(self.search, name) for flag, name in SEARCH_FLAGS.items()}
+        return flags
 
     @property
     def choice(self) -> dict[str, object]:
         """The flags on which the values that decide depend; none where they are losses."""
-        return {} if self.decider == LOSS else {"valid_metric": self.decider} | self.flags()
+        return {} if self.decider == LOSS else self.flags() | {"valid_metric": self.decider}
 
 
 @dataclass(frozen=True)

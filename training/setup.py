@@ -110,7 +110,6 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
         header = replace(header, vocabulary=then)  # an older fingerprint of it stays as it was
     settings = run_settings(args, plan, work_dir)
     flags = resolved_flags(args, runtime, plan, settings, model) | scoring.flags()
-    flags["valid_metric"] = ",".join(scoring.metrics)
     shared = {name: value for name, value in flags.items() if name not in OWN_OF_A_RANK}
     valid_data = valid.rows.source.sha256 if valid else None
     check_equal_ranks(runtime, shared | flat(header) | {"valid_data": valid_data})

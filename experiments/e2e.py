@@ -128,13 +128,12 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 def setup_of(variant: str, choose: str) -> Setup:
     """Return what the runs on one training file share."""
-    flags = argparse.Namespace(
+    return make_setup(
         out=RESULTS, train_data=str(training_file(variant)), valid_data=str(valid_file()),
         test_data=str(DATASET / "test.jsonl"), init_checkpoint=f"{BASE}/model.safetensors",
-        vocab=BASE, task="e2e", fields=None, train_batch_size=8, seq_len=256, beam=10,
-        length_penalty=0.8, eval_len=64, choose=choose, rows=[0], train_flags="",
+        vocab=BASE, task="e2e", train_batch_size=8, seq_len=256, beam=10, length_penalty=0.8,
+        eval_len=64, choose=choose, variant=variant,
     )  # fmt: skip
-    return make_setup(flags, variant=variant)
 
 
 def comparisons_of(group: Group, max_step: int | None, seeds: int | None) -> list[Comparison]:

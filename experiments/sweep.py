@@ -181,23 +181,25 @@ def check_train_flags(text: str) -> None:
             )
 
 
-def make_setup(args: argparse.Namespace, **own: Any) -> Setup:
+def make_setup(needed_rows: int = 0, **given: Any) -> Setup:
     """Return what the runs share. All files are read once, so that what is wrong with one is said
     before anything is trained.
+
+    Args:
+        needed_rows: how many training rows some run takes at least.
+        given: fields of `Setup`, all but those that the files say.
 
     Raises:
         InputError: a file cannot be read, or has fewer rows than are asked for.
     """
-    train, rows = read_through(args.train_data, args.fields)
-    if rows < max(args.rows):
-        raise InputError(f"--rows {max(args.rows)} is more than the {rows} of {args.train_data}")
-    valid, _ = read_through(args.valid_data, args.fields)
-    test, _ = read_through(args.test_data, args.fields)
-    base = checkpoints.read_base(args.init_checkpoint).fingerprint
-    same = ("out", *FILES, "vocab", "task", "fields", "train_batch_size", "seq_len", "beam",
-            "length_penalty", "eval_len", "choose", "train_flags")  # fmt: skip
-    given = {name: getattr(args, name) for name in same}
-    return Setup(**given, base=base, train=train, valid=valid, test=test, rows=rows, **own)
+    path, columns = given["train_data"], given.get("fields")
+    train, rows = read_through(path, columns)
+    if rows < needed_rows:
+        raise InputError(f"--rows {needed_rows} is more than the {rows} of {path}")
+    valid, _ = read_through(given["valid_data"], columns)
+    test, _ = read_through(given["test_data"], columns)
+    base = checkpoints.read_base(given["init_checkpoint"]).fingerprint
+    return Setup(**given, base=base, train=train, valid=valid, test=test, rows=rows)
 
 
 def read_through(path: str, fields: str | None) -> tuple[str, int]:
@@ -269,8 +271,11 @@ def show(comparison: Comparison) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 1 where a run failed."""
     args = parse_args(None if argv is None else [*argv])
+    same = ("out", *FILES, "vocab", "task", "fields", "train_batch_size", "seq_len", "beam",
+            "length_penalty", "eval_len", "choose", "train_flags")  # fmt: skip
+    setup = make_setup(max(args.rows), **{name: getattr(args, name) for name in same})
     comparison = Comparison(
-        make_setup(args), tuple(parse_methods(args.methods)), checked_rates(args.lr, "--lr"),
+        setup, tuple(parse_methods(args.methods)), checked_rates(args.lr, "--lr"),
         args.max_step, args.grid_steps, tuple(range(1, args.seeds + 1)),
         tuple(dict.fromkeys(args.rows)),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from eval.choice import SCORES, in_words
 from gpu import Runtime
 from methods import table_3_row
 from model import GPT2LMModel
-from training.run import Interval, Plan, Run, RunSettings, state_tensors
+from training.run import Interval, Plan, Run, RunSettings, state_tensors, trained_tensors
 from training.scores import ValidTexts
 
 # Of flags that differ from the recipe's, those that say nothing of the training.
@@ -70,7 +70,7 @@ def print_published(model: GPT2LMModel, method: str) -> None:
 
 def trained_parameters(model: nn.Module) -> int:
     """Return how many numbers are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(tensor.numel() for tensor in trained_tensors(model).values())
 
 
 def saved_parameters(model: nn.Module) -> int:
@@ -84,9 +84,7 @@ def saved_parameters(model: nn.Module) -> int:
 
 def print_scoring(texts: ValidTexts, plan: Plan, settings: RunSettings) -> None:
     """Print what the scores add to the validations, and what is chosen by them."""
-    scoring, last = texts.scoring, plan.max_step + 1
-    steps = {*range(settings.eval_interval, last, settings.eval_interval), plan.max_step}
-    count = len(steps.union(range(plan.steps_per_epoch, last, plan.steps_per_epoch)))
+    scoring, count = texts.scoring, plan.occasions(settings.eval_interval)
     names = ", ".join(SCORES[name] for name in scoring.scores)
     print(
         f"Scores: {names} of {len(texts.items):,} contexts with "
@@ -102,9 +100,7 @@ def print_disk(model: nn.Module, plan: Plan, settings: RunSettings, validates: b
     stored = sum(tensor.numel() for tensor in state_tensors(model).values())
     adapter = 4 * saved_parameters(model)
     state = 4 * (stored + 2 * trained_parameters(model))  # with two moments
-    last = plan.max_step + 1
-    saves = {*range(settings.save_interval, last, settings.save_interval), plan.max_step}
-    count = len(saves.union(range(plan.steps_per_epoch, last, plan.steps_per_epoch)))
+    count = plan.occasions(settings.save_interval)
     if settings.keep_last:
         count = min(count, settings.keep_last + 1)
     # Two states and two best adapters at once: a file takes its name when it is complete.

@@ -43,6 +43,12 @@ class Plan:
     max_epoch: int | None
     warmup_step: int
 
+    def occasions(self, interval: int) -> int:
+        """Return how often something is done that is done at an interval and as an epoch ends."""
+        last = self.max_step + 1
+        steps = {*range(interval, last, interval), self.max_step}
+        return len(steps.union(range(self.steps_per_epoch, last, self.steps_per_epoch)))
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -186,8 +192,7 @@ class Run:
     @property
     def trained(self) -> dict[str, Tensor]:
         """The trained tensors by name."""
-        parameters = gpu.unwrap(self.model).named_parameters()
-        return {name: p for name, p in parameters if p.requires_grad}
+        return trained_tensors(gpu.unwrap(self.model))
 
     @property
     def saved(self) -> dict[str, Tensor]:
@@ -219,8 +224,12 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what a run resumes from, by name: the trained tensors, and what an adapter's kind
     keeps frozen."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return lora.lora_state_dict(model) | trained
+    return lora.lora_state_dict(model) | trained_tensors(model)
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def write_best(run: Run) -> None:

@@ -4,12 +4,11 @@ eval.evaluate would score them.
 Decoding draws no random number, and leaves every tensor and module of the model as it was.
 """
 
-import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
@@ -30,6 +29,7 @@ BATCH_SIZE = 16  # contexts decoded at once, as many as gpt2_beam.py decodes
 SEARCH_FLAGS = {
     f"valid_{name}": name for name in ("beam", "eval_len", "length_penalty", "no_repeat_ngram_size")
 }
+FLAGS = ("valid_task", "valid_texts", *SEARCH_FLAGS)
 OF_E2E_ALONE = {"nist", "ser"}
 
 
@@ -45,41 +45,39 @@ class Scoring:
     search: SearchSettings = SearchSettings()
 
     @classmethod
-    def of_flags(cls, args: argparse.Namespace) -> "Scoring":
-        """Return what the flags say.
+    def of_flags(cls, valid_metric: str, given: Mapping[str, Any]) -> "Scoring":
+        """Return what the flags say: `given` are those of `FLAGS` that have a value.
 
         Raises:
-            InputError: one is out of its range, is missing, or does not go with another.
+            InputError: one is out of its range, or does not go with another.
         """
-        metrics = tuple(dict.fromkeys(args.valid_metric.lower().split(",")))
+        metrics = tuple(dict.fromkeys(valid_metric.lower().split(",")))
         if unknown := [name for name in metrics if name not in (LOSS, *SCORES)]:
             raise InputError(
                 f"--valid_metric {unknown[0]!r} is none of {', '.join((LOSS, *SCORES))}"
             )
-        names = ("valid_task", "valid_texts", *SEARCH_FLAGS)
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         search = {own: given[flag] for flag, own in SEARCH_FLAGS.items() if flag in given}
         try:
             settings = SearchSettings(**search)
         except ValueError as error:
             raise InputError(f"--valid_{error}") from error
-        task = args.valid_task or ("e2e" if OF_E2E_ALONE & {*metrics} else "own")
-        scoring = cls(metrics, task, args.valid_texts, settings)
-        if scoring.scores:
-            scoring.check(args)
-        elif given:
+        task = given.get("valid_task") or ("e2e" if OF_E2E_ALONE & {*metrics} else "own")
+        scoring = cls(metrics, task, given.get("valid_texts"), settings)
+        if given and not scoring.scores:
             raise InputError(
                 f"--{next(iter(given))} is for scores of texts; name some by --valid_metric, or "
                 "leave it out"
             )
         return scoring
 
-    def check(self, args: argparse.Namespace) -> None:
+    def check(self, valid_data: str | None, vocab: str | None) -> None:
         """Refuse scores without what they need, or that the task does not have."""
+        if not self.scores:
+            return
         named = f"--valid_metric {','.join(self.scores)}"
-        if not args.valid_data:
+        if not valid_data:
             raise InputError(f"{named} is of validation texts; give --valid_data, or leave it out")
-        if not args.vocab:
+        if not vocab:
             raise InputError(
                 f"{named} is of texts, which need --vocab, the folder of their vocabulary; give "
                 "it, or choose by loss"

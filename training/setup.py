@@ -44,7 +44,7 @@ from training.report import (
 )
 from training.resume import State, check_equal_ranks, check_settings, flat, restore
 from training.run import Plan, Run, RunSettings
-from training.scores import Scoring, ValidTexts
+from training.scores import FLAGS, Scoring, ValidTexts
 from training.updates import CheckedUpdates, DeferredUpdates, defers
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ RESULT_SETTINGS = [
 def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: State | None) -> Run:
     """Return the run that the flags describe, put back to `state` if there is one."""
     check_early(args, runtime)
-    scoring = Scoring.of_flags(args)
+    scoring = scoring_settings(args)
     tokenizer = load_tokenizer(args.vocab) if args.vocab else None
     base = None if args.init_checkpoint == "none" else checkpoints.read_base(args.init_checkpoint)
     gpu.seed_everything(args.random_seed)
@@ -169,7 +169,7 @@ def show_plan(args: argparse.Namespace, runtime: Runtime) -> None:
     with torch.device("meta"):
         model = build_model(args, base, tokenizer)
     train, valid = load_data(args, runtime, tokenizer, model.config)
-    texts = texts_to_score(Scoring.of_flags(args), valid, tokenizer, model.config)
+    texts = texts_to_score(scoring_settings(args), valid, tokenizer, model.config)
     plan = plan_steps(args, runtime, len(train), None)
     settings = run_settings(args, plan, Path(args.work_dir or "runs"))
     rate_factor(optimizer_settings(args, plan))
@@ -193,7 +193,7 @@ def check_early(args: argparse.Namespace, runtime: Runtime) -> None:
     optimizer_class(settings, runtime.device.type == "cuda")
     rate_factor(settings)
     adapter_settings(args)
-    Scoring.of_flags(args)
+    scoring_settings(args)
     if args.compile:
         check_compiler(runtime.device)
     if args.base_dtype:
@@ -242,6 +242,14 @@ def run_settings(args: argparse.Namespace, plan: Plan, work_dir: Path) -> RunSet
 def optimizer_settings(args: argparse.Namespace, plan: Plan) -> OptimizerSettings:
     """Return what the optimizer and its schedule obey."""
     return from_flags(OptimizerSettings, args, max_step=plan.max_step, warmup_step=plan.warmup_step)
+
+
+def scoring_settings(args: argparse.Namespace) -> Scoring:
+    """Return what a validation measures, and by what the best adapter is chosen."""
+    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
+    scoring = Scoring.of_flags(args.valid_metric, given)
+    scoring.check(args.valid_data, args.vocab)
+    return scoring
 
 
 def build_model(

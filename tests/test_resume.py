@@ -93,13 +93,25 @@ def die_in_call(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
 def test_a_killed_run_resumes_to_the_same_bytes_and_logs(
     place: str, call: int, more: list, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpt2_ft.main(tiny.argv("whole", *more))
-    argv = tiny.argv("killed", "--resume", "auto", *more)
+    killed = tiny.argv("killed", "--resume", "auto", *more)
+    kill_and_compare(tiny, monkeypatch, tiny.argv("whole", *more), killed, place, call)
+
+
+def kill_and_compare(
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: list[str],
+    killed: list[str],
+    place: str,
+    call: int,
+) -> None:
+    """Let one run end, kill another in a call and resume it, and compare what the two left."""
+    gpt2_ft.main(whole)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_call(patch, place, call)
-        gpt2_ft.main(argv)
+        gpt2_ft.main(killed)
     assert "model.12.safetensors" not in adapters(tiny.folder / "killed")
-    gpt2_ft.main(argv)
+    gpt2_ft.main(killed)
     same_runs(tiny.folder / "whole", tiny.folder / "killed")
 
 
@@ -111,14 +123,9 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_logs(
 def test_a_killed_run_of_every_method_resumes_to_the_same_bytes_and_logs(
     method: str, place: str, call: int, more: list, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpt2_ft.main(tiny.argv_of(METHODS[method], "whole", *more))
-    argv = tiny.argv_of(METHODS[method], "killed", "--resume", "auto", *more)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_in_call(patch, place, call)
-        gpt2_ft.main(argv)
-    assert "model.12.safetensors" not in adapters(tiny.folder / "killed")
-    gpt2_ft.main(argv)
-    same_runs(tiny.folder / "whole", tiny.folder / "killed")
+    whole = tiny.argv_of(METHODS[method], "whole", *more)
+    killed = tiny.argv_of(METHODS[method], "killed", "--resume", "auto", *more)
+    kill_and_compare(tiny, monkeypatch, whole, killed, place, call)
 
 
 def test_a_run_killed_again_and_again_still_ends_the_same(

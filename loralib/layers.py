@@ -248,7 +248,7 @@ class Linear(LoRALayer, nn.Linear):
         check_kind(kind)
         self.fan_in_fan_out, self.kind = fan_in_fan_out, kind
         if fan_in_fan_out:
-            self.weight = nn.Parameter(self.weight.detach().T.contiguous())
+            self.weight = nn.Parameter(self.weight.detach().view(in_features, out_features))
         part = out_features // len(self.enable_lora)
         sizes = {"inputs": in_features, "part": part, "limit": min(in_features, part)}
         self._add_adapter(r, lora_alpha, lora_dropout, merge_weights, use_rslora, **sizes)

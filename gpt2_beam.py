@@ -120,15 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the flags; raise InputError for one that is out of its range."""
     args = build_parser().parse_args(argv)
-    for name in ("batch_size", "num_return_sequences"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
-    settings = given_settings(args)
-    if isinstance(settings, SearchSettings) and args.num_return_sequences > settings.beam:
-        raise InputError(
-            f"--num_return_sequences {args.num_return_sequences} is more than --beam "
-            f"{settings.beam}"
-        )
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size {args.batch_size} must be at least 1")
+    given_settings(args)
     for name in ("data", "fields", "output_file", "work_dir", "resume"):
         if args.prompt is not None and getattr(args, name):
             raise InputError(f"--{name} is for data, which --prompt takes the place of; give one")
@@ -144,7 +138,10 @@ def given_settings(args: argparse.Namespace) -> Settings:
     if args.do_sample:
         given["seed"] = args.random_seed
     try:
-        return make_settings(args.do_sample, **{k: v for k, v in given.items() if v is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = make_settings(args.do_sample, **given)
+        settings.check_count(args.num_return_sequences)
+        return settings
     except ValueError as error:
         raise InputError(f"--{error}") from error
 

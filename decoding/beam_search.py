@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from decoding.cache import CachedModel, batches_by_length, prefill
-from decoding.rules import NEVER, TextRules
+from decoding.rules import MOST_TEXTS, NEVER, TextRules
 
 CHUNK = 64
 
@@ -40,8 +40,8 @@ class SearchSettings(TextRules):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beam < 1:
-            raise ValueError(f"beam {self.beam} must be at least 1")
+        if not 1 <= self.beam <= MOST_TEXTS:
+            raise ValueError(f"beam {self.beam} must be from 1 to {MOST_TEXTS}")
         if not -100 <= self.length_penalty <= 100:
             raise ValueError(f"length_penalty {self.length_penalty} must be from -100 to 100")
         if self.search not in ("original", "hf"):
@@ -52,6 +52,13 @@ class SearchSettings(TextRules):
         """Continuations looked at per step, M."""
         ends = len(self.end_ids)
         return self.beam if self.search == "original" else max(2, 1 + ends) * self.beam
+
+    def check_count(self, num_return_sequences: int) -> None:
+        """Raise ValueError unless there are beams for this many texts."""
+        if not 1 <= num_return_sequences <= self.beam:
+            raise ValueError(
+                f"num_return_sequences {num_return_sequences} must be from 1 to beam {self.beam}"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,7 @@ def beam_search(
     Raises:
         ValueError: more sequences are wanted than there are beams, or the model's logits are NaN.
     """
-    if not 1 <= num_return_sequences <= settings.beam:
-        raise ValueError(
-            f"num_return_sequences {num_return_sequences} must be from 1 to beam {settings.beam}"
-        )
+    settings.check_count(num_return_sequences)
     found: list[list[Hypothesis]] = [[] for _ in prompts]
     for rows in batches_by_length(prompts, batch_size):
         search = _Search([prompts[row] for row in rows], rows, settings, num_return_sequences)

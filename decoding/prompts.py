@@ -45,13 +45,7 @@ class Choices:
     sampling: SamplingSettings
 
     def __post_init__(self) -> None:
-        if self.num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences {self.num_return_sequences} must be at least 1")
-        if not self.do_sample and self.num_return_sequences > self.search.beam:
-            raise ValueError(
-                f"num_return_sequences {self.num_return_sequences} is more than beam "
-                f"{self.search.beam}"
-            )
+        self.settings.check_count(self.num_return_sequences)
 
     @classmethod
     def of(cls, settings: Settings, num_return_sequences: int) -> "Choices":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+MOST_TEXTS = 1000  # of one context: all are held at once, with a cache each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,13 @@ class TextRules:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0")
+
+    def check_count(self, num_return_sequences: int) -> None:
+        """Raise ValueError unless this many texts of a context can be asked for."""
+        if not 1 <= num_return_sequences <= MOST_TEXTS:
+            raise ValueError(
+                f"num_return_sequences {num_return_sequences} must be from 1 to {MOST_TEXTS}"
+            )
 
     def restrict(self, scores: Tensor, history: Tensor, generated: int) -> Tensor:
         """Apply penalty and bans, in place, to scores (B, K, V) of the token that follows history

@@ -95,10 +95,9 @@ def sample(
             default.
 
     Raises:
-        ValueError: fewer than one text is asked for, or the model's logits are NaN.
+        ValueError: fewer than one text or too many are asked for, or the model's logits are NaN.
     """
-    if num_return_sequences < 1:
-        raise ValueError(f"num_return_sequences {num_return_sequences} must be at least 1")
+    settings.check_count(num_return_sequences)
     numbers = range(len(prompts)) if numbers is None else numbers
     texts = range(num_return_sequences)
     found: list[list[Hypothesis]] = [[] for _ in prompts]

@@ -227,10 +227,12 @@ def test_contexts_longer_than_the_window_lose_their_head_and_are_counted(
 
 WRONG_FLAGS = [
     (("--beam", 0), "--beam 0"),
+    (("--beam", 1001), "--beam 1001 must be from 1 to 1000"),
     (("--batch_size", 0), "--batch_size 0"),
     (("--eval_len", POSITIONS), "--eval_len 32 leaves no room"),
     (("--seq_len", 99), "--seq_len 99 is above"),
-    (("--num_return_sequences", 4), "--num_return_sequences 4 is more than --beam 3"),
+    (("--num_return_sequences", 4), "--num_return_sequences 4 must be from 1 to beam 3"),
+    (("--num_return_sequences", 0), "--num_return_sequences 0 must be from 1 to beam 3"),
     (("--length_penalty", "nan"), "--length_penalty nan"),
     (("--repetition_penalty", 0), "--repetition_penalty 0"),
     (("--eos_token_id", VOCABULARY), "--eos_token_id 64"),

@@ -250,7 +250,7 @@ def test_settings_change_between_prompts(
     assert capsys.readouterr().out.splitlines() == lines[4:6]
     assert "top_k has an effect once do_sample is on" in err
     for sentence in (
-        "beam 0 must be at least 1", "beam is a whole number, not 'x'", "'tune' is no setting",
+        "beam 0 must be from 1 to 1000", "beam is a whole number, not 'x'", "'tune' is no setting",
         "do_sample is on or off, not 'yes'",
     ):  # fmt: skip
         assert f"error: {sentence}" in err

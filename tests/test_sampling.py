@@ -209,6 +209,12 @@ def test_settings_that_make_no_draw_are_refused(wrong: dict, message: str) -> No
         SamplingSettings(**wrong)
 
 
+@pytest.mark.parametrize("count", [0, 1001])
+def test_a_draw_is_of_one_text_to_a_thousand(count: int) -> None:
+    with pytest.raises(ValueError, match=f"num_return_sequences {count} must be from 1 to 1000"):
+        SamplingSettings().check_count(count)
+
+
 def test_generate_draws_with_do_sample_and_refuses_what_contradicts_it() -> None:
     model, tokenizer = checkpoints.load("data/nano")[0], load_tokenizer("data/nano")
     texts = ["name : The Vaults", "name : The Green Owl | Type : bistro"]

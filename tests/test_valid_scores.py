@@ -412,7 +412,14 @@ REFUSED = {
         ["--valid_metric", "nist", "--valid_task", "webnlg"],
         "--valid_metric nist is no score of --valid_task webnlg, which has bleu, chrf",
     ),
-    "beam": (["--valid_metric", "bleu", "--valid_beam", "0"], "--valid_beam 0 must be at least 1"),
+    "beam": (
+        ["--valid_metric", "bleu", "--valid_beam", "0"],
+        "--valid_beam 0 must be from 1 to 1000",
+    ),
+    "beams": (
+        ["--valid_metric", "bleu", "--valid_beam", "1001"],
+        "--valid_beam 1001 must be from 1 to 1000",
+    ),
     "penalty": (
         ["--valid_metric", "bleu", "--valid_length_penalty", "nan"],
         "--valid_length_penalty nan must be",

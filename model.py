@@ -72,7 +72,7 @@ class GPT2Config:
             raise ValueError(f"{self.lora.kind} is for linear layers, target wte is an embedding")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.prefix is not None and self.window < 1:
+        if self.prefix is not None and self.window < 2:
             length, positions = self.prefix.length, self.n_positions
             raise ValueError(f"a prefix of {length} leaves no room in {positions} positions")
 

@@ -27,6 +27,12 @@ from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 
 BASE_FILES = ("model.safetensors", "pytorch_model.bin")
 RANDOM_CARD = "gpt2.md"
+# Of each adapter that `GPT2Config` takes, the flag of what a model may be unable to have.
+ADAPTER_FLAGS = {
+    "lora": "--lora_targets",
+    "bottleneck": "--adapter_dim",
+    "prefix": "--prefix_length",
+}
 MOST_PADDING = 128  # rows that an embedding may have beyond its vocabulary
 OLD_SUFFIXES = {".g": ".weight", ".b": ".bias", ".w": ".weight"}
 
@@ -344,7 +350,9 @@ def model_config(card: str | None, base: BaseWeights | None, **settings: Any) ->
     try:
         return GPT2Config(**shape | settings)
     except ValueError as error:
-        raise InputError(f"--lora_targets or the adapter's header: {error}") from error
+        flags = [flag for name, flag in ADAPTER_FLAGS.items() if settings.get(name) is not None]
+        source = " or ".join([*flags, "the adapter's header"])
+        raise InputError(f"{source}: {error}") from error
 
 
 def check_window(seq_len: int, n_positions: int, virtual_tokens: int = 0) -> None:

@@ -69,7 +69,11 @@ def test_as_many_numbers_are_trained_as_the_paper_counts(card: str, flags: str, 
         ("--method prefix --lora_dim 4", "--lora_dim 4 contradicts --method prefix"),
         ("--method prefix --prefix_length 0", "--prefix_length 0 must be at least 1"),
         ("--method prefix", "with a prefix of 5 is above the model's 32; give at most 27"),
-        ("--method prefix --prefix_length 32", "a prefix of 32 leaves no room in 32 positions"),
+        (
+            "--method prefix --prefix_length 32",
+            "--prefix_length or the adapter's header: a prefix of 32 leaves no room",
+        ),
+        ("--method prefix --prefix_length 31", "a prefix of 31 leaves no room in 32 positions"),
         ("--method lora_l", "invalid choice: 'lora_l'"),
     ],
 )

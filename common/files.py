@@ -63,6 +63,18 @@ def _open(path: Path, mode: str) -> IO:
     return path.open(mode) if "b" in mode else path.open(mode, encoding="utf-8", newline="\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be made: {error.strerror or error}") from error
+
+
 def delete_leftovers(folder: Path) -> None:
     """Delete what writers that were killed left in a folder into which nobody writes now."""
     for path in folder.iterdir():

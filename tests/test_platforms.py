@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, Tiny, finish, start, write_rows
 
 import gpu
+from common import locks
 from common.errors import InputError
 from training import work_dir
 
@@ -131,7 +132,7 @@ def test_a_file_system_without_locks_gets_a_file_that_names_its_owner(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_lock)
-    monkeypatch.setattr(work_dir, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.1)
     with work_dir.claimed(str(tmp_path / "run"), None) as folder:
         assert str(os.getpid()) in (folder / ".lock.owner").read_text(encoding="utf-8")
         with (

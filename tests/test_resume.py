@@ -17,6 +17,7 @@ from tensorboard.summary.writer import event_file_writer
 
 import gpt2_ft
 from checkpoints import read_adapter
+from common import locks
 from common.errors import InputError
 from data_utils import load_tokenizer, vocabulary_fingerprint
 from training import work_dir
@@ -354,7 +355,7 @@ def test_resume_by_path_goes_on_there_or_in_an_empty_folder_and_in_no_other_run(
 
 
 def test_two_runs_do_not_share_a_work_dir(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work_dir, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.1)
     folder = tiny.folder / "run"
     with (
         work_dir.claimed(str(folder), None),

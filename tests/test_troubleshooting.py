@@ -18,8 +18,8 @@ from conftest import ROOT
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from common import locks
 from common.errors import InputError
-from training import work_dir
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 NANO = ROOT / "data" / "nano"
@@ -124,9 +124,9 @@ def test_an_error_of_the_page_is_what_the_program_says(
     monkeypatch.chdir(mistaken)
     rest = REST[name.removesuffix(".py")] if "..." in flags else ""
     arguments = shlex.split(f"{rest} {flags.replace('...', '')}")
-    monkeypatch.setattr(work_dir, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.1)
     (mistaken / "runs" / "busy").mkdir(exist_ok=True)
-    busy = FileLock(mistaken / "runs" / "busy" / work_dir.LOCK_FILE)
+    busy = FileLock(mistaken / "runs" / "busy" / locks.LOCK_FILE)
     with busy, pytest.raises(InputError) as error:
         program(name).main(arguments)
     if "RENEW" in os.environ:

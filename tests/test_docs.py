@@ -45,6 +45,7 @@ LEFT_OUT = {
         "the same",
     "python -m experiments.soak --steps 2000 --kills 20": "tests/test_soak.py",
     "python -m data.make_base mini": "hours; tests/test_mini_base.py reads it",
+    "python -m data.make_base mini --out /tmp/mini --max_step 20": "tests/test_mini_base.py",
     "python convert_adapter.py --adapter runs/e2e --init_checkpoint gpt2-medium --to peft --output "
     "e2e-peft --scores scores.json --push_to_hub OWNER/NAME": "tests/test_hand_on.py",
     "python -m experiments.tables": "tests/test_tables.py",

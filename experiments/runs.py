@@ -17,7 +17,7 @@ from typing import Any
 
 from checkpoints import read_adapter
 from common.errors import InputError
-from common.files import read_json_lines, write_json
+from common.files import make_folder, read_json_lines, write_json
 from data.readers import DataFile, Record
 from data.rows import write_jsonl
 from eval.summary import read_json
@@ -161,7 +161,7 @@ def perform(run: Run, threads: int = 1) -> dict[str, Any]:
     Raises:
         InputError: a part of it failed; names the part, what it said last, and the log.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run.folder)
     write_json(run.folder / "settings.json", {"settings": run.settings()})
     done = run.folder / "seconds.json"
     seconds: dict[str, float | None] = read_json(done) if done.is_file() else {}

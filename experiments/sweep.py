@@ -21,9 +21,12 @@ from typing import Any
 import checkpoints
 from common.errors import InputError, Parser
 from common.errors import run as run_program
+from common.files import make_folder
+from common.locks import locked
 from common.sample import sample_settings
 from data.fields import add_fields_flag
 from data.readers import DataFile
+from decoding import SearchSettings
 from eval.metrics import METRICS
 from experiments.compare import write_report
 from experiments.launch import carry_out
@@ -159,6 +162,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"--rows {min(args.rows)} must be at least 0, which is all")
     checked_rates(args.lr, "--lr")
     check_train_flags(args.train_flags)
+    try:
+        SearchSettings(beam=args.beam, length_penalty=args.length_penalty, eval_len=args.eval_len)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
     return args
 
 
@@ -190,7 +197,8 @@ def make_setup(needed_rows: int = 0, **given: Any) -> Setup:
         given: fields of `Setup`, all but those that the files say.
 
     Raises:
-        InputError: a file cannot be read, or has fewer rows than are asked for.
+        InputError: a file cannot be read, has fewer rows than are asked for, or the base has fewer
+            positions.
     """
     path, columns = given["train_data"], given.get("fields")
     train, rows = read_through(path, columns)
@@ -198,8 +206,15 @@ def make_setup(needed_rows: int = 0, **given: Any) -> Setup:
         raise InputError(f"--rows {needed_rows} is more than the {rows} of {path}")
     valid, _ = read_through(given["valid_data"], columns)
     test, _ = read_through(given["test_data"], columns)
-    base = checkpoints.read_base(given["init_checkpoint"]).fingerprint
-    return Setup(**given, base=base, train=train, valid=valid, test=test, rows=rows)
+    base = checkpoints.read_base(given["init_checkpoint"])
+    setup = Setup(**given, base=base.fingerprint, train=train, valid=valid, test=test, rows=rows)
+    checkpoints.check_window(setup.seq_len, base.n_positions)
+    if setup.eval_len >= base.n_positions:
+        raise InputError(
+            f"--eval_len {setup.eval_len} leaves no room for a context in the model's "
+            f"{base.n_positions}"
+        )
+    return setup
 
 
 def read_through(path: str, fields: str | None) -> tuple[str, int]:
@@ -210,11 +225,25 @@ def read_through(path: str, fields: str | None) -> tuple[str, int]:
 
 
 def carry_out_all(comparisons: Sequence[Comparison], args: argparse.Namespace, title: str) -> int:
-    """Carry out what is missing of the grids, then of the runs; report; return the exit code."""
+    """Carry out what is missing of the grids, then of the runs; report; return the exit code.
+
+    Raises:
+        InputError: another sweep is at work in the same folder.
+    """
     if args.dry_run:
         for comparison in comparisons:
             show(comparison)
         return 0
+    setup = comparisons[0].setup
+    make_folder(setup.folder)
+    with locked(setup.folder, f"--out {setup.out}", "sweep"):
+        return do_what_is_missing(comparisons, args, title)
+
+
+def do_what_is_missing(
+    comparisons: Sequence[Comparison], args: argparse.Namespace, title: str
+) -> int:
+    """As `carry_out_all`, for the one sweep that works in the folder."""
     is_whole = launch([run for each in comparisons for run in each.grid()], args)
     if args.launcher == "slurm" and not is_whole:
         return 0

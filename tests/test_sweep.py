@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpt2_ft
+from common import locks
 from common.errors import InputError
 from common.files import read_json_lines
 from eval import evaluate, webnlg
@@ -371,10 +372,46 @@ def test_a_flag_that_is_missing_or_out_of_range_is_one_sentence(tmp_path: Path) 
         sweep.parse_args(["--methods", "full", "--train_data", "a", "--test_data", "b"])
     with pytest.raises(InputError, match="--workers 0 must be at least 1"):
         sweep.parse_args(["--workers", "0"])
+    with pytest.raises(InputError, match="--beam 0 must be from 1 to 1000"):
+        sweep.parse_args(["--beam", "0"])
     with pytest.raises(InputError, match="--rows 9 is more than the 6 of"):
         sweep.main([*tiny_flags(tmp_path, rows="9"), "--methods", "full"])
     with pytest.raises(InputError, match="none is no group of runs"):
         e2e.main(["none"])
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("seq_len", "--seq_len 600 is above the model's 512"),
+        ("eval_len", "--eval_len 600 leaves no room for a context in the model's 512"),
+    ],
+)
+def test_lengths_that_a_base_does_not_have_are_refused_before_anything_is_trained(
+    flag: str, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=says):
+        sweep.main([*tiny_flags(tmp_path, **{flag: "600"}), "--methods", "full"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.1)
+    out = tmp_path / "out"
+    flags = [*tiny_flags(tmp_path), "--methods", "full"]
+    (out / "runs").mkdir(parents=True)
+    with (
+        locks.locked(out / "runs", "", ""),
+        pytest.raises(InputError, match=f"--out {out} is in use by another sweep; give another"),
+    ):
+        sweep.main(flags)
+    assert sweep.main([*flags, "--dry_run"]) == 0  # which only looks
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    flags = [*tiny_flags(tmp_path), "--methods", "full", "--out", str(tmp_path / "test.jsonl")]
+    with pytest.raises(InputError, match=r"test.jsonl/runs cannot be made: (File|Not a dir)"):
+        sweep.main(flags)
 
 
 def test_equal_runs_are_done_once(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ peer works at a time, in rounds, so that whatever else the machine does falls on
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from common.errors import InputError
 from common.files import write_json
 from data.convert_e2e import e2e_rows
 from data.rows import write_jsonl
@@ -30,21 +33,22 @@ ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "data" / "nano"
 SIZES = {"sm": "gpt2.sm", "small": "gpt2.nano"}  # small: with the vocabulary of GPT-2
 RESULTS = ROOT / "results" / "bench"
+REQUIREMENTS = "requirements-peers.txt"
 
 
 class Peer:
     """A peer that has been started and waits for requests."""
 
-    def __init__(self, module: str, name: str, settings: Path, threads: int) -> None:
+    def __init__(
+        self, module: str, name: str, settings: Path, threads: int, python: str = sys.executable
+    ) -> None:
         self.name = name
-        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, name, str(settings)],
+            [python, "-m", module, name, str(settings)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | environment | quiet,
+            env=environment(threads),
             encoding="utf-8",
         )
 
@@ -65,6 +69,39 @@ class Peer:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The variables of a measured process: its threads, no network, no bars of progress."""
+    own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    return os.environ | own | quiet
+
+
+@cache
+def peers_python() -> str:
+    """The Python of `.venv-peers`, which is made or brought up to its requirements first.
+
+    Raises:
+        InputError: pip could not install them.
+    """
+    script = f"source scripts/venv.sh {REQUIREMENTS} .venv-peers >&2; command -v python"
+    made = subprocess.run(
+        ["bash", "-euc", script], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable},
+        stdout=subprocess.PIPE, encoding="utf-8", check=False,
+    )  # fmt: skip
+    if made.returncode:
+        raise InputError(f"{REQUIREMENTS} could not be installed; what pip printed says why")
+    return made.stdout.strip()
+
+
+def peers_versions() -> dict[str, str]:
+    """What is installed in `.venv-peers` of the packages that its requirements name."""
+    lines = (ROOT / REQUIREMENTS).read_text(encoding="utf-8")
+    names = re.findall(r"^(\S+)==", lines, re.MULTILINE)
+    code = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
+    found = subprocess.check_output([peers_python(), "-c", code, *names], encoding="utf-8")
+    return dict(zip(names, found.split(), strict=True))
 
 
 def serve(peers: Mapping[str, Callable[[dict], Callable[[list], dict]]]) -> None:

@@ -112,10 +112,29 @@ def peft(settings: Settings) -> dict[str, float]:
 
 
 def sft(settings: Settings) -> dict[str, float]:
-    """trl's trainer with its default loss, on rows of token ids of which the completion counts."""
-    trl, datasets, transformers = map(import_module, ("trl", "datasets", "transformers"))
+    """trl's trainer, as `sft_trainer` makes it, by its own loop."""
     needed = settings.batch * (settings.warm_up + settings.steps)
-    rows = itertools.islice(itertools.cycle(read_json_lines(settings.data)), needed)
+    rows = list(itertools.islice(itertools.cycle(read_json_lines(settings.data)), needed))
+    clock = Clock(settings)
+    trainer = sft_trainer(
+        adapted(settings), rows, clock.tick, output_dir=str(settings.folder / "sft"),
+        per_device_train_batch_size=settings.batch, learning_rate=2e-4,
+        max_steps=settings.warm_up + settings.steps, use_cpu=not settings.on_cuda,
+        bf16=settings.precision == "bf16", fp16=settings.precision == "fp16",
+    )  # fmt: skip
+    trainer.train()
+    timed = rows[settings.batch * settings.warm_up :]
+    tokens = sum(len(row["context"]) + len(row["completion"]) for row in timed)
+    return settings.result(clock.seconds, tokens)
+
+
+def sft_trainer(
+    model: nn.Module, rows: list[dict], on_step: Callable[[int], None], **settings: Any
+) -> Any:
+    """trl's trainer with its default loss, on rows of token ids in their order, of which the
+    completion counts. `on_step` hears the number of each step that is done, and 0 before the
+    first; `settings` are those of `SFTConfig`."""
+    trl, datasets, transformers = map(import_module, ("trl", "datasets", "transformers"))
     items = [
         {
             "input_ids": row["context"] + row["completion"],
@@ -126,30 +145,26 @@ def sft(settings: Settings) -> dict[str, float]:
         for row in rows
     ]
     table = datasets.table.InMemoryTable.from_pylist(items)
-    clock = Clock(settings)
 
     class Timer(transformers.TrainerCallback):  # type: ignore[name-defined]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            clock.tick(state.global_step)
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            on_step(0)
 
-    arguments = trl.SFTConfig(
-        output_dir=str(settings.folder / "sft"), per_device_train_batch_size=settings.batch,
-        max_steps=settings.warm_up + settings.steps, max_length=LONGEST, learning_rate=2e-4,
-        bf16=settings.precision == "bf16", fp16=settings.precision == "fp16",
-        use_cpu=not settings.on_cuda, gradient_checkpointing=False, completion_only_loss=True,
-        dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no", report_to="none",
-        logging_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = trl.SFTTrainer(
-        model=adapted(settings),
-        args=arguments,
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            on_step(state.global_step)
+
+    own = {
+        "max_length": LONGEST, "gradient_checkpointing": False, "completion_only_loss": True,
+        "train_sampling_strategy": "sequential", "dataset_kwargs": {"skip_prepare_dataset": True},
+        "save_strategy": "no", "report_to": "none", "logging_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**own | settings),
         train_dataset=datasets.Dataset(table, fingerprint="rows"),
         processing_class=any_tokenizer(transformers),
         callbacks=[Timer()],
     )
-    trainer.train()
-    lengths = [len(item["input_ids"]) for item in items[settings.batch * settings.warm_up :]]
-    return settings.result(clock.seconds, sum(lengths))
 
 
 class Clock:

@@ -46,6 +46,22 @@ def decode_rows(result: dict) -> list[list[str]]:
     return rows + derived_rows(result, 2)
 
 
+def end_to_end_rows(result: dict) -> list[list[str]]:
+    """One row per path: seconds of its parts, and its scores."""
+    rows = []
+    for name, path in result["paths"].items():
+        seconds, scores = path["seconds"], path["scores"]
+        parts = [f"{seconds[name]['median']:.1f}" for name in PARTS]
+        texts = ["" if scores[score] is None else f"{scores[score]:.3f}" for score in OF_E2E]
+        rows.append(
+            [
+                result["size"], name, *parts, spread(seconds["all"], 1), spread(seconds["CPU"], 1),
+                *texts, ratio_to(result, name),
+            ]
+        )  # fmt: skip
+    return rows
+
+
 def ratio_to(result: dict, name: str) -> str:
     return spread(result["ours_faster"][name], 2, "×") if name in result["ours_faster"] else ""
 
@@ -93,6 +109,8 @@ def scaling_rows(result: dict) -> list[list[str]]:
     return rows
 
 
+PARTS = ("data", "training", "decoding", "scoring")
+OF_E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "SER")
 HEADS: dict[str, tuple[list[str], Callable[[dict], list[list[str]]]]] = {
     "train": (
         ["model", "peer", "s/step", "samples/s", "real tokens/s", "of GEMM peak", "peak RSS MB",
@@ -102,6 +120,11 @@ HEADS: dict[str, tuple[list[str], Callable[[dict], list[list[str]]]]] = {
     "decode": (
         ["model", "peer", "s/context", "peak RSS MB", "ours is faster by"],
         decode_rows,
+    ),
+    "end_to_end": (
+        ["data", "path", *(f"{part}, s" for part in (*PARTS, "all", "CPU")), *OF_E2E,
+         "ours is faster by"],
+        end_to_end_rows,
     ),
     "grouped_conv": (
         ["model", "r", "grouped convolution, ms", "block-diagonal matrix, ms",
@@ -140,6 +163,8 @@ def note(result: dict) -> str:
         text += f", GEMM {spread(result['gemm_gflops'], 0)} GFLOP/s"
     if "rows" in result:
         text = f"{result['size']}: {result['rows']}, batch {result['batch']}, {text}"
+    if "versions" in result:
+        text += ", " + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return text
 
 
@@ -150,16 +175,19 @@ ORIGINALS = {
 }
 
 
+TASKS = {"train": "training", "decode": "decoding", "end_to_end": "raw files to scores"}
+
+
 def speed(results: list[dict]) -> str:
-    """What README says of speed: ours over the faster peer and over the original, in one row a
+    """What README says of speed: ours over the fastest peer and over the original, in one row a
     benchmark."""
     rows = []
     for result in results:
         if "ours_faster" not in result:
             continue
         faster = result["ours_faster"]
-        of_peft = [ratio for name, ratio in faster.items() if name.startswith("peft")]
-        best = min(of_peft, key=lambda ratio: ratio["median"], default=faster.get("transformers"))
+        of_peers = [faster[name] for name in faster if name.startswith(("peft", "sft"))]
+        best = min(of_peers, key=lambda ratio: ratio["median"], default=faster.get("transformers"))
         peers = spread(best, 1, "×")
         if hf := faster.get("transformers, --search hf"):
             peers += f"; by its own rules {spread(hf, 1, '×')}"
@@ -168,7 +196,7 @@ def speed(results: list[dict]) -> str:
             for name, what in ORIGINALS.items()
             if name in faster
         ]
-        task = {"train": "training", "decode": "decoding"}[result["benchmark"]]
+        task = TASKS[result["benchmark"]]
         name = f"{task}, {result['size']}, batch {result['batch']}"
         rows.append([name, peers, "; ".join(derived)])
-    return grid(["", "over transformers (+ peft)", "over the original (derived)"], rows)
+    return grid(["", "over transformers (+ peft, trl)", "over the original (derived)"], rows)

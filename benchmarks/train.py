@@ -1,10 +1,12 @@
-"""Training speed of this repository, transformers + peft and the original, on the same samples.
+"""Training speed of this repository, transformers + peft, trl and the original, on one data set.
 
     python -m benchmarks.train                   gpt2.sm;  --size small: 4 layers, 256 wide
     LORA_ORIGINAL=LoRA/examples/NLG/src python -m benchmarks.train      the original code too
 
-First, without dropout, the losses of all peers must agree step by step; then they are timed with
-dropout 0.1. The result goes to results/bench/, from where experiments/tables.py makes the tables.
+First, without dropout, the losses of all peers must agree step by step, those of trl with ours
+without label smoothing; then they are timed with dropout 0.1. trl runs in the environment
+`.venv-peers`, which is made at the first run. The result goes to results/bench/, from where
+experiments/tables.py makes the tables.
 """
 
 import argparse
@@ -20,9 +22,11 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import common
+from common.errors import run as run_program
 from data_utils import EpochSampler, FT_Dataset
 
-PEERS = ("peft-sdpa", "peft-eager", "peft-select")
+SFT = ("sft", "sft-padding-free")  # trl's SFTTrainer, whose default loss has no label smoothing
+PEERS = ("peft-sdpa", "peft-eager", "peft-select", *SFT)
 TOLERANCE = 1e-5
 # Seconds of the original over the better peft, from an earlier run of all peers on such a CPU.
 ORIGINAL_OVER_PEFT = 10.2
@@ -67,18 +71,30 @@ def needed_flop(shape: dict[str, int], data: FT_Dataset, rows: list[int]) -> flo
     return 2 * (2 * weights - real * attention)
 
 
-def check_losses(peers: list[str], settings: dict, folder: Path, batches: list) -> dict[str, float]:
+def start_peer(name: str, settings: Path, threads: int) -> common.Peer:
+    """A peer in a process of its own, and in the environment that it needs."""
+    if name in SFT:
+        python = common.peers_python()
+        return common.Peer("benchmarks.sft_peers", name, settings, threads, python)
+    return common.Peer("benchmarks.train_peers", name, settings, threads)
+
+
+def check_losses(names: list[str], settings: dict, folder: Path, batches: list) -> dict[str, float]:
     """Largest difference of each peer's losses from ours, without dropout; ends the run above
     `TOLERANCE`."""
     path = folder / "gate.json"
-    path.write_text(json.dumps(settings | {"dropout": 0.0}), encoding="utf-8")
-    losses = {}
-    for name in peers:
-        with common.Peer("benchmarks.train_peers", name, path, settings["threads"]) as peer:
-            losses[name] = peer.ask(batches)["losses"]
+
+    def losses_of(name: str, label_smooth: float) -> list[float]:
+        own = {"dropout": 0.0, "label_smooth": label_smooth}
+        path.write_text(json.dumps(settings | own), encoding="utf-8")
+        with start_peer(name, path, settings["threads"]) as peer:
+            return peer.ask(batches)["losses"]
+
+    smoothing = {name: 0.0 if name in SFT else settings["label_smooth"] for name in names[1:]}
+    ours = {value: losses_of("ours", value) for value in set(smoothing.values())}
     errors = {
-        name: max(abs(a - b) for a, b in zip(losses["ours"], losses[name], strict=True))
-        for name in peers[1:]
+        name: max(abs(a - b) for a, b in zip(ours[value], losses_of(name, value), strict=True))
+        for name, value in smoothing.items()
     }
     print(f"largest difference of {len(batches)} losses from ours: {errors}")
     # The original divides by Σ mask + 1e-4, which alone is a difference of a few 1e-6.
@@ -96,9 +112,7 @@ def time_peers(names: list[str], settings: dict, folder: Path, batches: list) ->
     rounds, steps = settings["rounds"], settings["steps"]
     with ExitStack() as stack:
         peers = {
-            name: stack.enter_context(
-                common.Peer("benchmarks.train_peers", name, path, settings["threads"])
-            )
+            name: stack.enter_context(start_peer(name, path, settings["threads"]))
             for name in (*names, "gemm")
         }
         for name in names:
@@ -153,11 +167,12 @@ def main(argv: list[str] | None = None) -> None:
         settings = vars(args) | {
             "data": str(data_path), "base": str(folder / "base.safetensors"), "alpha": 32,
             "adapter": str(folder / "adapter.safetensors"), "card": common.SIZES[args.size],
-            "shape": shape, "dropout": 0.1, "lr": 2e-4,
+            "shape": shape, "dropout": 0.1, "label_smooth": 0.1, "lr": 2e-4,
         }  # fmt: skip
         data = FT_Dataset(data_path, 512)
         sampler = EpochSampler(len(data), args.batch, seed=110)
-        batches = [rows for epoch in range(1, 9) for (rows,) in sampler.steps(epoch)]
+        steps = (rows for epoch in range(1, 9) for (rows,) in sampler.steps(epoch))
+        batches = [rows for rows in steps if len(rows) == args.batch]
         timed = batches[: args.rounds * args.steps]
         gate = {
             "tolerance": TOLERANCE,
@@ -172,10 +187,12 @@ def main(argv: list[str] | None = None) -> None:
         "rank": args.rank, "steps": len(timed), "machine": common.machine(args.threads),
         "gate": gate, **compare(timing, flop, tokens, args.batch), "raw": timing,
     }  # fmt: skip
+    if {*SFT} & {*names}:
+        result["versions"] = common.peers_versions()
     for name, ratio in result["ours_faster"].items():
         print(f"ours over {name}: {ratio['median']:.2f}")
     print(common.write_result(args.name or f"train-{args.size}", result))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -62,6 +62,7 @@ def ours(settings: dict) -> Work:
         lora_alpha=settings["alpha"],
         lora_dropout=settings["dropout"],
         train_batch_size=settings["batch"],
+        label_smooth=settings["label_smooth"],
         lr=settings["lr"],
         optimizer="torch",
         scheduler="constant",
@@ -78,37 +79,43 @@ def peft(attention: str, select: bool = False) -> Callable[[dict], Work]:
     with the label -100 where nothing counts; or of selected logits, which is faster."""
 
     def make(settings: dict) -> Work:
-        import transformers
-        from peft import LoraConfig, get_peft_model
-
-        rank, shape = settings["rank"], settings["shape"]
-        own = {
-            "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "use_cache": False,
-            "attn_implementation": attention,
-        }  # fmt: skip
-        base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | own))
-        base.load_state_dict(load_file(settings["base"]), strict=False)
-        config = LoraConfig(
-            r=2 * rank,
-            lora_alpha=2 * settings["alpha"],
-            lora_dropout=settings["dropout"],
-            target_modules=["c_attn"],
-            fan_in_fan_out=True,
-        )
-        model = get_peft_model(base, config).train()
-        copy_adapter(model, settings)
+        model = adapted(settings, attention)
+        smoothing = settings["label_smooth"]
 
         def loss(ids: Tensor, labels: Tensor, mask: Tensor, real: Tensor) -> Tensor:
             counted = mask > 0
             logits = model(input_ids=ids, attention_mask=real).logits
             if select:
-                return F.cross_entropy(logits[counted], labels[counted], label_smoothing=0.1)
-            targets = labels.where(counted, -100)
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
+                return F.cross_entropy(logits[counted], labels[counted], label_smoothing=smoothing)
+            targets = labels.where(counted, -100).flatten()
+            return F.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=smoothing)
 
         return timed(plain_step(settings, model, loss))
 
     return make
+
+
+def adapted(settings: dict, attention: str) -> nn.Module:
+    """transformers' GPT-2 with peft's adapter, both of the settings' files."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    own = {
+        "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "use_cache": False,
+        "attn_implementation": attention,
+    }  # fmt: skip
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings["shape"] | own))
+    base.load_state_dict(load_file(settings["base"]), strict=False)
+    config = LoraConfig(
+        r=2 * settings["rank"],
+        lora_alpha=2 * settings["alpha"],
+        lora_dropout=settings["dropout"],
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+    )
+    model = get_peft_model(base, config).train()
+    copy_adapter(model, settings)
+    return model
 
 
 def copy_adapter(model: nn.Module, settings: dict) -> None:
@@ -156,7 +163,8 @@ def original(settings: dict) -> Work:
     def loss(ids: Tensor, labels: Tensor, mask: Tensor, _real: Tensor) -> Tensor:
         room = (0, PADDED - ids.size(1))
         ids, labels, mask = (F.pad(tensor, room) for tensor in (ids, labels, mask))
-        return model(ids, lm_labels=labels, lm_mask=mask, label_smooth=0.1)[1]
+        smoothing = settings["label_smooth"]
+        return model(ids, lm_labels=labels, lm_mask=mask, label_smooth=smoothing)[1]
 
     return timed(plain_step(settings, model.train(), loss))
 

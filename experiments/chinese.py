@@ -13,7 +13,9 @@ WORDS = {
     "training": "训练",
     "decoding": "解码",
     "batch": "批大小",
-    "over transformers (+ peft)": "相对于 transformers (+ peft)",
+    "over transformers (+ peft, trl)": "相对于 transformers (+ peft, trl)",
+    "raw files to scores": "从原始文件到分数",
+    "sample": "样例",
     "over the original (derived)": "相对于原代码 (推算)",
     "by its own rules": "按其自身规则",
     "per context (it takes one at a time)": "(每个上下文, 原代码一次处理一个)",
@@ -21,7 +23,7 @@ WORDS = {
     "of": "/",
     "to": "至",
 }
-NAMES = {"transformers", "peft", "small", "all"}
+NAMES = {"transformers", "peft", "trl", "small", "all"}
 MARKS = {" (": "（", "(": "（", ")": "）", ", ": "，", "; ": "；"}
 
 

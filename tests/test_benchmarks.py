@@ -1,6 +1,7 @@
 """Each benchmark at its smallest: peers agree, a result is written, a table is made. Nothing here
 looks at times."""
 
+import gzip
 import importlib
 import json
 import sys
@@ -10,12 +11,20 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import finish, start
+from conftest import ROOT, finish, start
 
 from benchmarks import common
+from common.errors import InputError
+from common.files import read_json_lines
+from data.convert_e2e import e2e_rows
+from data_utils import load_tokenizer, read_rows
 from model import GPT2Model
 
 pytest.importorskip("peft", reason="a peer of the benchmarks")
+needs_peers = pytest.mark.skipif(
+    not (ROOT / ".venv-peers" / f"{common.REQUIREMENTS}.done").exists(),
+    reason="python -m benchmarks.train makes .venv-peers, which this needs",
+)
 
 
 @pytest.fixture
@@ -39,6 +48,94 @@ def test_benchmarked_training_has_the_losses_of_peft_and_its_table(benchmark, tm
     assert set(result["peers"]) == {"ours", "peft-sdpa"}
     text = benchmark("tables").table("train", [result])
     assert "original, derived" in text and text.count("| small |") == 3
+
+
+@needs_peers
+def test_trl_has_our_losses_without_label_smoothing_padded_and_padding_free(
+    benchmark, tmp_path
+) -> None:
+    flags = "--size small --rounds 1 --steps 1 --gate_steps 2 --threads 1 --batch 2"
+    train = benchmark("train")
+    train.main([*flags.split(), "--peers", *train.SFT])
+    result = json.loads((tmp_path / "train-small.json").read_text(encoding="utf-8"))
+    assert set(result["gate"]["errors"]) == {*train.SFT}
+    assert max(result["gate"]["errors"].values()) < 1e-5
+    assert f"trl {result['versions']['trl']}" in benchmark("tables").table("train", [result])
+
+
+@needs_peers
+def test_both_paths_from_raw_files_to_scores_have_their_scores_and_seconds(
+    benchmark, tmp_path
+) -> None:
+    flags = "--max_step 2 --batch 2 --test_rows 12 --rounds 1 --threads 1"
+    benchmark("end_to_end").main(flags.split())
+    result = json.loads((tmp_path / "end-to-end-sample.json").read_text(encoding="utf-8"))
+    for path in result["paths"].values():
+        assert 0 <= path["scores"]["BLEU"] <= 1
+        assert path["seconds"]["training"]["median"] > 0
+    lines = benchmark("tables").table("end_to_end", [result]).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:4]] == ["ours", "transformers"]
+    assert "raw files to scores, sample, batch 2" in benchmark("tables").speed([result])
+
+
+def test_both_paths_train_and_decode_the_same_token_ids(benchmark, tmp_path) -> None:
+    end_to_end, peer = benchmark("end_to_end"), benchmark("end_to_end_peer")
+    end_to_end.write_base(tmp_path / "base")
+    tokenizer = peer.tokenizer_of({"base": str(tmp_path / "base")})
+    paths = end_to_end.write_raw_files("sample", 20, 5, tmp_path)
+    vocabulary = load_tokenizer(end_to_end.BASE)
+    rows = read_rows(paths["train_data"], vocabulary, vocabulary.get_vocab_size())
+    texts = peer.read_rows(paths["train_data"])
+    assert len(rows) == len(texts) == 20
+    for row, (context, completion) in zip(rows, texts, strict=True):
+        whole = f"{context}{tokenizer.eos_token} {completion}{tokenizer.eos_token}"
+        assert tokenizer(whole)["input_ids"] == [*row.context.tolist(), *row.completion.tolist()]
+        prompt = tokenizer(context + tokenizer.eos_token)["input_ids"]
+        assert prompt == row.context.tolist()
+
+
+def test_raw_e2e_is_cut_to_its_budget_and_read_alike_by_both_paths(
+    benchmark, tmp_path, monkeypatch
+) -> None:
+    end_to_end, peer = benchmark("end_to_end"), benchmark("end_to_end_peer")
+    with pytest.raises(InputError, match="name by DATA_DIR"):
+        end_to_end.write_raw_files("e2e", 2, 2, tmp_path)
+    (tmp_path / "e2e").mkdir()
+    lines = "".join(f"name : {n}||It is {n} . \n" for n in range(9))
+    with gzip.open(tmp_path / "e2e" / "train.txt.gz", "wt", encoding="utf-8") as file:
+        file.write(lines)
+    (tmp_path / "e2e" / "test.txt").write_text(lines, encoding="utf-8")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    paths = end_to_end.write_raw_files("e2e", 3, 2, tmp_path)
+    names = [context for context, _ in peer.read_rows(paths["train_data"])]
+    assert names == ["name : 0", "name : 3", "name : 6"]  # from all over the file
+    for split in ("train", "test"):
+        ours = [tuple(row.values()) for row in e2e_rows(paths[f"{split}_data"])]
+        assert peer.read_rows(paths[f"{split}_data"]) == ours
+    assert len(list(read_json_lines(paths["scored_data"]))) == 2
+
+
+@pytest.mark.parametrize("pip", [True, False])
+def test_the_environment_of_the_peers_is_made_once_or_a_sentence_says_why_not(
+    pip: bool, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    for name in ("scripts", "requirements.txt", common.REQUIREMENTS):
+        (tmp_path / name).symlink_to(ROOT / name)
+    commands = tmp_path / ".venv-peers" / "bin"
+    commands.mkdir(parents=True)
+    (commands / "activate").write_text(f'PATH="{commands}:$PATH"\n', encoding="utf-8")
+    for name in ("pip", "python"):
+        script = f"#!/bin/sh\necho $0 $@ >> {tmp_path}/log\n{str(pip).lower()}\n"
+        (commands / name).write_text(script, encoding="utf-8")
+        (commands / name).chmod(0o755)
+    find = common.peers_python.__wrapped__
+    if not pip:
+        with pytest.raises(InputError, match="requirements-peers.txt could not be installed"):
+            find()
+        return
+    assert find() == find() == str(commands / "python")
+    assert (tmp_path / "log").read_text(encoding="utf-8").count("-r requirements-peers.txt") == 1
 
 
 def test_benchmarked_decoding_has_the_outputs_of_transformers_and_its_table(

@@ -32,6 +32,7 @@ from eval.summary import read_scores
 BASE = common.ROOT / "data" / "mini"
 ALPHA = 32
 Commands = dict[str, list[list[str]]]
+Rounds = dict[str, list[dict[str, float]]]  # by path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,9 +101,9 @@ def ours(settings: dict, folder: Path) -> Commands:
     flags = {
         "train_data": train, "vocab": BASE, "init_checkpoint": BASE, "lora_targets": "c_attn",
         "lora_dim": settings["rank"], "lora_alpha": ALPHA, "label_smooth": 0, "lr": settings["lr"],
-        "train_batch_size": settings["batch"], "max_step": settings["max_step"],
-        "warmup_step": settings["warmup_step"], "random_seed": settings["seed"],
-        "work_dir": folder / "run", "device": "cpu",
+        "optimizer": "torch", "train_batch_size": settings["batch"], "work_dir": folder / "run",
+        "max_step": settings["max_step"], "warmup_step": settings["warmup_step"],
+        "random_seed": settings["seed"], "device": "cpu",
     }  # fmt: skip
     output = str(folder / "ours.jsonl")
     decode = [
@@ -164,27 +165,25 @@ def cpu_seconds() -> float:
     return used.children_user + used.children_system
 
 
-def compare(timing: dict[str, list[dict[str, float]]], scores: dict[str, dict]) -> dict:
-    """What the table shows: of either path the seconds of each part and of all, and the ratio."""
-    columns = {
-        name: {part: [seconds[part] for seconds in rounds] for part in rounds[0]}
-        for name, rounds in timing.items()
-    }
+def compare(timing: Rounds, scores: Rounds) -> dict:
+    """What the table shows: seconds and scores of either path, and the ratio of all seconds."""
     paths = {
-        name: {
-            "seconds": {part: common.summary(values) for part, values in parts.items()},
-            "scores": scores[name],
-        }
-        for name, parts in columns.items()
+        name: {"seconds": summaries(timing[name]), "scores": summaries(scores[name])}
+        for name in timing
     }
-    ratio = common.ratios(columns["transformers"]["all"], columns["ours"]["all"])
-    return {"paths": paths, "ours_faster": {"transformers": ratio}}
+    theirs, ours = ([s["all"] for s in timing[name]] for name in ("transformers", "ours"))
+    return {"paths": paths, "ours_faster": {"transformers": common.ratios(theirs, ours)}}
+
+
+def summaries(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Median, smallest and largest of each value."""
+    return {name: common.summary([values[name] for values in rounds]) for name in rounds[0]}
 
 
 def run_rounds(settings: dict, folder: Path) -> tuple[dict, dict]:
-    """Seconds of the parts of either path in each round, and the scores of the last."""
-    timing: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
-    scores = {}
+    """Seconds of the parts and scores of either path in each round, which has a seed of its own."""
+    timing: Rounds = {"ours": [], "transformers": []}
+    scores: Rounds = {"ours": [], "transformers": []}
     for number in range(1, settings["rounds"] + 1):
         own, place = settings | {"seed": number}, folder / f"round{number}"
         place.mkdir()
@@ -193,7 +192,9 @@ def run_rounds(settings: dict, folder: Path) -> tuple[dict, dict]:
             seconds = time_parts(parts, settings["threads"])
             print(", ".join(f"{part} {s:.1f} s" for part, s in seconds.items()))
             timing[name].append(seconds)
-            scores[name] = read_scores(name, parts["scoring"][0][-1])[name]
+            found = read_scores(name, parts["scoring"][0][-1])[name]
+            # Without Java some scores are null.
+            scores[name].append({metric: s for metric, s in found.items() if s is not None})
     return timing, scores
 
 
@@ -211,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         "benchmark": "end_to_end", "size": args.data, "batch": args.batch, "steps": args.max_step,
         "rows": f"{args.max_step} steps, {len(contexts)} test inputs", "rounds": args.rounds,
         "lr": args.lr, "rank": args.rank, "machine": common.machine(args.threads),
-        "versions": common.peers_versions(), **compare(timing, scores), "raw": timing,
+        "versions": common.peers_versions(), **compare(timing, scores),
+        "raw": {"seconds": timing, "scores": scores},
     }  # fmt: skip
     print(f"ours over transformers: {result['ours_faster']['transformers']['median']:.2f}")
     print(common.write_result(args.name or f"end-to-end-{args.data}", result))

@@ -50,7 +50,7 @@ def train(settings: dict[str, Any]) -> None:
         output_dir=settings["output"], max_steps=settings["max_step"], use_cpu=True, bf16=False,
         per_device_train_batch_size=settings["batch"], learning_rate=settings["lr"],
         lr_scheduler_type="linear", warmup_steps=settings["warmup_step"], weight_decay=0.01,
-        max_grad_norm=0, gradient_checkpointing=False, seed=settings["seed"],
+        adam_epsilon=1e-6, max_grad_norm=0, gradient_checkpointing=False, seed=settings["seed"],
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     adapter = LoraConfig(

@@ -52,7 +52,7 @@ def end_to_end_rows(result: dict) -> list[list[str]]:
     for name, path in result["paths"].items():
         seconds, scores = path["seconds"], path["scores"]
         parts = [f"{seconds[name]['median']:.1f}" for name in PARTS]
-        texts = ["" if scores[score] is None else f"{scores[score]:.3f}" for score in OF_E2E]
+        texts = [spread(scores[name]) if name in scores else "" for name in OF_E2E]
         rows.append(
             [
                 result["size"], name, *parts, spread(seconds["all"], 1), spread(seconds["CPU"], 1),
@@ -110,7 +110,7 @@ def scaling_rows(result: dict) -> list[list[str]]:
 
 
 PARTS = ("data", "training", "decoding", "scoring")
-OF_E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "SER")
+OF_E2E = ("BLEU", "NIST", "CIDEr", "SER")
 HEADS: dict[str, tuple[list[str], Callable[[dict], list[list[str]]]]] = {
     "train": (
         ["model", "peer", "s/step", "samples/s", "real tokens/s", "of GEMM peak", "peak RSS MB",

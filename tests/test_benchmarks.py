@@ -71,7 +71,7 @@ def test_both_paths_from_raw_files_to_scores_have_their_scores_and_seconds(
     benchmark("end_to_end").main(flags.split())
     result = json.loads((tmp_path / "end-to-end-sample.json").read_text(encoding="utf-8"))
     for path in result["paths"].values():
-        assert 0 <= path["scores"]["BLEU"] <= 1
+        assert 0 <= path["scores"]["BLEU"]["median"] <= 1
         assert path["seconds"]["training"]["median"] > 0
     lines = benchmark("tables").table("end_to_end", [result]).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:4]] == ["ours", "transformers"]

@@ -13,7 +13,8 @@
 #                          best BLEU on the validation data, as the paper does, and then the last
 #   SEED=110  PRECISION=fp32|bf16|fp16  WORK_DIR=runs/TASK or runs/TASK-METHOD  RESUME=1
 #   DATA_DIR=FOLDER        raw data and vocabulary; what it lacks is downloaded
-#   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP= LR= SEQ_LEN=  smaller than real
+#   TRAIN_ROWS= VALID_ROWS= TEST_ROWS= MAX_STEP= WARMUP_STEP= LR= SEQ_LEN=  smaller than real; of
+#                          MAX_STEP a tenth is warm-up where the recipe's is longer
 
 source scripts/venv.sh requirements.txt
 source scripts/methods.sh
@@ -65,6 +66,14 @@ take() {
   if [ -n "${3:-}" ]; then head -n "$3"; else cat; fi < "datasets/$task/$1.jsonl" > "$work_dir/$2.jsonl"
 }
 
+# The steps of warm-up: those that are given, or the recipe's, which a shorter run may not have.
+warmup_steps() {
+  local steps=$warmup tenth=${MAX_STEP:-}
+  tenth=$((${tenth%%[!0-9]*}0 / 100)) # 0 for what is no number, which the trainer refuses
+  if [ -n "${MAX_STEP:-}" ] && [ "$tenth" -lt "$steps" ]; then steps=$tenth; fi
+  echo "${WARMUP_STEP:-$steps}"
+}
+
 fine_tune() { # FOLDER SEED [FLAG]...
   local folder=$1 seed=$2 flags=("${recipe[@]}" "${@:3}") # never empty, which old bash refuses
   [ "${PRECISION:-fp32}" = fp32 ] || flags+=("--$PRECISION")
@@ -75,7 +84,7 @@ fine_tune() { # FOLDER SEED [FLAG]...
   [ "${SELECT:-last}" = last ] || flags+=("${by_bleu[@]}")
   "${launch[@]}" gpt2_ft.py --train_data "$work_dir/train.jsonl" --valid_data "$work_dir/valid.jsonl" \
     --model_card "$card" --init_checkpoint "$base" --vocab "$vocab" --random_seed "$seed" \
-    --work_dir "$folder" --warmup_step "${WARMUP_STEP:-$warmup}" "${flags[@]}"
+    --work_dir "$folder" --warmup_step "$(warmup_steps)" "${flags[@]}"
 }
 
 decode() { # FOLDER WHICH LENGTH_PENALTY OUTPUT

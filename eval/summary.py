@@ -35,17 +35,23 @@ def read_json(path: str | Path, *fields: str) -> dict[str, Any]:
         value = parse_json(content)
     except ValueError as error:
         raise InputError(f"{path}: {error}; name a file that this repository wrote") from error
-    missing = [name for name in fields if not isinstance(value, dict) or name not in value]
-    if missing:
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no object; name a file that this repository wrote")
+    if missing := [name for name in fields if name not in value]:
         raise InputError(f"{path} has no {missing[0]!r} to sum up; name a file that has it")
     return value
 
 
 def checked_scores(value: object, path: str | Path) -> Scores:
     """The value, if it is numbers (or null) by metric; InputError otherwise."""
-    if isinstance(value, dict) and all(map(_is_score, value.values())):
-        return value
+    if are_scores(value):
+        return cast(Scores, value)
     raise InputError(f"{path}: {value!r:.60} is not scores, numbers or null by metric")
+
+
+def are_scores(value: object) -> bool:
+    """Whether a value is numbers (or null) by name."""
+    return isinstance(value, dict) and all(map(_is_score, value.values()))
 
 
 def _is_score(value: object) -> bool:

@@ -124,9 +124,9 @@ def costs(group: Group) -> list[str]:
     results = group.results
     if not results:
         return [""] * 4
-    seconds = [s for r in results if (s := r["seconds"]["training"]) is not None]
+    seconds = [s for r in results if (s := r["seconds"].get("training")) is not None]
     return [
-        mean_sd([r["valid_loss"]["last"] for r in results], 1, 3), mean_sd(seconds, 1, 0),
+        mean_sd([r["valid_loss"].get("last") for r in results], 1, 3), mean_sd(seconds, 1, 0),
         f"{max(r['peak_memory_gb'] for r in results):.2f}", f"{len(results)} of {group.asked}",
     ]  # fmt: skip
 

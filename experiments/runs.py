@@ -4,6 +4,7 @@ A result belongs to its settings: the method, the learning rate, the seed, the h
 data, and whatever else decides its numbers. They stand in it and in the run's folder.
 """
 
+import math
 import os
 import random
 import shlex
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from common.errors import InputError
 from common.files import make_folder, read_json_lines, write_json
 from data.readers import DataFile, Record
 from data.rows import write_jsonl
-from eval.summary import read_json
+from eval.summary import are_scores, checked_scores, read_json
 from experiments.methods import Method
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,8 +132,8 @@ def is_done(run: Run) -> bool:
     """
     for path in (run.result, run.folder / "settings.json"):
         if path.is_file():
-            found = read_json(path)
-            _check_settings(run, path, found.get("settings", {}))
+            found = read_json(path).get("settings")
+            _check_settings(run, path, found if isinstance(found, dict) else {})
     return run.result.is_file()
 
 
@@ -151,8 +153,22 @@ def _short(value: object) -> str:
 
 
 def read_result(run: Run) -> dict[str, Any]:
-    """Return the result of a run that is done."""
-    return read_json(run.result)
+    """Return the result of a run that is done.
+
+    Raises:
+        InputError: it lacks what tables are made of, as a file that was changed may.
+    """
+    result = read_json(run.result)
+    by_name = ["valid_loss"] if run.is_of_grid else ["valid_loss", "scores", "seconds"]
+    numbers = [] if run.is_of_grid else ["lr", "trainable", "peak_memory_gb"]
+    wrong = [name for name in by_name if not are_scores(result.get(name))]
+    wrong += [name for name in numbers if type(result.get(name)) not in (int, float)]
+    if wrong:
+        raise InputError(
+            f"{run.result}: {wrong[0]} is missing or damaged; delete the file, and the same "
+            "command makes it again"
+        )
+    return result
 
 
 def perform(run: Run, threads: int = 1) -> dict[str, Any]:
@@ -164,7 +180,7 @@ def perform(run: Run, threads: int = 1) -> dict[str, Any]:
     make_folder(run.folder)
     write_json(run.folder / "settings.json", {"settings": run.settings()})
     done = run.folder / "seconds.json"
-    seconds: dict[str, float | None] = read_json(done) if done.is_file() else {}
+    seconds = checked_scores(read_json(done), done) if done.is_file() else {}
     for part, command in commands(run).items():
         if part in seconds:
             continue
@@ -228,19 +244,22 @@ def flags(**values: object) -> list[str]:
 def execute(run: Run, part: str, command: list[str], threads: int) -> None:
     """Run one part; what it prints goes to log.txt in the run's folder."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    log = run.folder / "log.txt"
-    with log.open("a", encoding="utf-8") as file:
+    log, last = run.folder / "log.txt", ""
+    with log.open("ab", buffering=0) as file:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-            stdout=file, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         processes.add(process)
+        for line in process.stdout or ():
+            last = line.decode(errors="replace").strip() or last
+            with suppress(OSError):  # on a full disk the last line still says what failed
+                file.write(line)
         code = process.wait()
         processes.discard(process)
     if code:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
-        raise InputError(f"{part} of {run.name} failed: {last}; {log} has all that it said")
+        said = last.removeprefix("error: ") or f"exit code {code}"
+        raise InputError(f"{part} of {run.name} failed: {said}; {log} has all that it said")
 
 
 def training_files(run: Run) -> dict[str, str | None]:
@@ -268,7 +287,7 @@ def describe(run: Run, seconds: dict[str, float | None]) -> dict[str, Any]:
     header, _ = read_adapter(f"{run.folder}:last")
     records = read_json_lines(run.folder / "log.jsonl")
     curves = {
-        kind: [[r["step"], round(r["loss"], 4)] for r in records if r["kind"] == kind]
+        kind: [[r["step"], rounded(r["loss"])] for r in records if r["kind"] == kind]
         for kind in ("train", "valid")
     }
     run_json = read_json(run.folder / "run.json")
@@ -288,7 +307,7 @@ def describe(run: Run, seconds: dict[str, float | None]) -> dict[str, Any]:
         "trainable": run_json["settings"][counted],
         "valid_loss": {
             "last": curves["valid"][-1][1],
-            "best": min(loss for _, loss in curves["valid"]),
+            "best": min((loss for _, loss in curves["valid"] if loss is not None), default=None),
         },
         "curves": curves,
         "seconds": seconds,
@@ -307,3 +326,8 @@ def describe(run: Run, seconds: dict[str, float | None]) -> dict[str, Any]:
         result["ser"] = result["scores"].get("SER")
         result["slots"] = scored.get("slots")
     return result
+
+
+def rounded(loss: float) -> float | None:
+    """A loss as results keep it: None where training diverged, as JSON has no other word for it."""
+    return round(loss, 4) if math.isfinite(loss) else None

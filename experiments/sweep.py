@@ -84,7 +84,9 @@ class Comparison:
         runs = self.grid_of(method)
         if not runs:
             return self.rates_of(method)[0]
-        losses = {run.lr: read_result(run)["valid_loss"]["last"] for run in runs if is_done(run)}
+        losses = {
+            run.lr: read_result(run)["valid_loss"].get("last") for run in runs if is_done(run)
+        }
         return chosen_rate(losses)
 
     def runs(self) -> list[Run]:

@@ -1,6 +1,7 @@
 """The comparison of methods: which runs there are, what they are told, what becomes of them."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -324,6 +325,59 @@ def test_a_run_that_was_stopped_resumes_with_what_was_left(
     assert again["seconds"] | {"scoring": 0} == first["seconds"] | {"scoring": 0}
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     assert adapter.stat().st_mtime_ns == before
+
+
+def undone(compared: tuple[Path, list[str]], out: Path) -> list[str]:
+    """A copy of the results in `out` in which full's run has all of its parts and no result, and
+    the flags that make it."""
+    shutil.copytree(compared[0] / "out", out)
+    (out / f"{FULL}.json").unlink()
+    return [*compared[1], "--methods", "full", "--out", str(out)]
+
+
+def test_a_loss_that_is_no_number_is_none_in_the_result_and_an_empty_cell_in_the_table(
+    compared: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    flags = undone(compared, tmp_path / "out")
+    log = tmp_path / "out" / "runs" / FULL / "log.jsonl"
+    records = [
+        r | ({"loss": math.nan} if r["kind"] == "valid" else {}) for r in read_json_lines(log)
+    ]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    assert sweep.main(flags) == 0
+    text = (tmp_path / "out" / f"{FULL}.json").read_text(encoding="utf-8")
+    assert json.loads(text)["valid_loss"] == {"last": None, "best": None} and "NaN" not in text
+    assert "nan" not in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"scores": [1]}, "seed1.json: scores is missing or damaged; delete the file"),
+        ({"valid_loss": {"last": "low"}}, "seed1.json: valid_loss is missing or damaged"),
+        ({"trainable": None}, "seed1.json: trainable is missing or damaged"),
+        ({"settings": 3}, "seed1.json is of other settings"),
+        (None, "seed1.json holds no object"),
+    ],
+)
+def test_a_result_that_was_damaged_is_named(
+    compared: tuple[Path, list[str]], tmp_path: Path, change: dict | None, says: str
+) -> None:
+    shutil.copytree(compared[0] / "out", tmp_path / "out")
+    path = tmp_path / "out" / f"{FULL}.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps([] if change is None else result | change), encoding="utf-8")
+    with pytest.raises(InputError, match=says):
+        sweep.main([*compared[1], "--methods", "full", "--out", str(tmp_path / "out")])
+
+
+def test_what_failed_is_said_where_the_disk_has_no_room_for_the_log(tmp_path: Path) -> None:
+    run = Run(a_setup(tmp_path), Method.parse("full"), 0.1, 50, 1)
+    run.folder.mkdir(parents=True)
+    (run.folder / "log.txt").symlink_to("/dev/full")
+    failing = ["-c", "print('step 1'); raise SystemExit('error: model.1 cannot be written')"]
+    with pytest.raises(InputError, match="failed: model.1 cannot be written; .*log.txt has all"):
+        runs.execute(run, "training", failing, 1)
 
 
 @given(seed=st.integers(1, 5), count=st.integers(1, 6))

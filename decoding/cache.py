@@ -16,22 +16,22 @@ class DecodeCache:
     """Keys and values of a decoding batch, per layer (B, S, H, D): S slots per context, of which
     `visible` (B, K, S) says which beam attends to which.
 
-    A context's prompt comes first and all its beams see it; a decoded token adds K slots, one to
-    each beam. So reordering beams moves rows of booleans and never a key, and beams share what they
-    have in common. Slots that no beam sees any more are dropped now and then. Where a context's
-    slots are, and when they are dropped, depends on that context alone, so candidates that are
-    equal stay equal whatever else is in the batch.
+    A context's prompt comes first and all its beams see it; a decoded token takes K slots, one for
+    each beam: the first that no beam sees, which may have held tokens of beams that are gone. So
+    reordering beams moves rows of booleans and never a key, and beams share what they have in
+    common. Where a context's slots are depends on that context alone, so candidates that are equal
+    stay equal whatever else is in the batch.
     """
 
     STEPS_OF_ROOM = 8
 
     def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
         """Make the cache of prompts of these lengths."""
-        self.used = list(lengths)  # slots of each context
-        self.steps = 0  # tokens decoded of each beam
+        self.used = list(lengths)  # slots of each context up to the last that a beam sees
         self.positions = torch.tensor(self.used, device=device)  # of the next tokens, (B,)
         self.visible = torch.arange(max(self.used), device=device) < self.positions[:, None, None]
         self.new: tuple[Tensor, Tensor]  # rows (B, 1) and slots (B, K) of the tokens decoded now
+        self.mask: Tensor  # of their attention: 0 where visible, else -inf
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def add_prefix(self, length: int) -> None:
@@ -50,15 +50,17 @@ class DecodeCache:
 
     def add_slots(self, beams: int) -> None:
         """Give each beam a slot for the token that is decoded now."""
-        if self.steps % self.STEPS_OF_ROOM == 0:
-            self._compact(beams)
-        device = self.visible.device
-        own, rows = torch.arange(beams, device=device), torch.arange(len(self.used), device=device)
-        self.new = rows[:, None], torch.tensor(self.used, device=device)[:, None] + own
-        self.visible[self.new[0], own, self.new[1]] = True
-        self.used = [used + beams for used in self.used]
+        if max(self.used) + beams > self.visible.size(2):
+            self._grow(self.STEPS_OF_ROOM * beams)
+        seen = self.visible.any(dim=1)  # (B, S)
+        slots = seen.int().argsort(dim=1, stable=True)[:, :beams]  # unseen ones come first
+        rows = torch.arange(len(seen), device=seen.device)[:, None]
+        self.new = rows, slots
+        self.visible[rows, torch.arange(beams, device=seen.device), slots] = True
+        self.mask = torch.where(self.visible, 0.0, float("-inf"))
+        last = torch.arange(1, seen.size(1) + 1, device=seen.device) * seen.scatter(1, slots, True)
+        self.used = last.amax(dim=1).tolist()
         self.positions = self.positions + 1
-        self.steps += 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keep keys and values of the tokens decoded now, and mix for each beam what it sees: all
@@ -67,11 +69,11 @@ class DecodeCache:
         keys[self.new], values[self.new] = key, value
         width = _whole_vectors(max(self.used))
         if width <= SUMMED_IN_ONE or query.is_cuda:
-            return _attend(query, keys, values, self.visible, width)
+            return _attend(query, keys, values, self.mask, width)
         alone = [slice(context, context + 1) for context in range(len(self.used))]
         return torch.cat(
             [
-                _attend(query[i], keys[i], values[i], self.visible[i], _whole_vectors(n))
+                _attend(query[i], keys[i], values[i], self.mask[i], _whole_vectors(n))
                 for i, n in zip(alone, self.used, strict=True)
             ]
         )
@@ -87,35 +89,25 @@ class DecodeCache:
         self.positions, self.visible = self.positions[contexts], self.visible[contexts]
         self.layers = [(keys[contexts], values[contexts]) for keys, values in self.layers]
 
-    def _compact(self, beams: int) -> None:
-        """Move the slots that some beam sees to the front of buffers with room for some steps."""
-        seen = self.visible.any(dim=1)  # (B, S)
-        self.used = seen.sum(dim=1).tolist()
-        width = max(self.used)
-        slots = seen.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-        room = _whole_vectors(width + self.STEPS_OF_ROOM * beams)
-        rows = torch.arange(len(self.used), device=seen.device)[:, None]
-
-        def moved(tensor: Tensor) -> Tensor:
-            buffer = tensor.new_zeros(len(tensor), room, *tensor.shape[2:])
-            buffer[:, :width] = tensor[rows, slots]
-            return buffer
-
-        self.visible = moved(self.visible.transpose(1, 2)).transpose(1, 2)
-        self.layers = [(moved(keys), moved(values)) for keys, values in self.layers]
+    def _grow(self, slots: int) -> None:
+        """Make room for at least as many slots more, in whole vectors."""
+        more = _whole_vectors(self.visible.size(2) + slots) - self.visible.size(2)
+        self.visible = F.pad(self.visible, (0, more))
+        room = 0, 0, 0, 0, 0, more  # of F.pad, which starts at the last dimension
+        self.layers = [(F.pad(keys, room), F.pad(values, room)) for keys, values in self.layers]
 
 
 def _whole_vectors(slots: int) -> int:
     return -(-slots // VECTOR) * VECTOR
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, slots: int) -> Tensor:
-    """Attention of (B, K, H, D) to the first `slots` that are visible."""
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, slots: int) -> Tensor:
+    """Attention of (B, K, H, D) to the first `slots`, masked by (B, K, S)."""
     mixed = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         keys[:, :slots].transpose(1, 2),
         values[:, :slots].transpose(1, 2),
-        visible[:, None, :, :slots],
+        mask[:, None, :, :slots].to(query.dtype),
     )
     return mixed.transpose(1, 2)
 

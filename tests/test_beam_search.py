@@ -57,8 +57,9 @@ class TableModel:
 
     def decode_step(self, input_ids: Tensor, cache: DecodeCache) -> Tensor:
         self.steps += 1
-        newest = (cache.visible * torch.arange(cache.visible.size(2))).amax(dim=2)  # (B, K)
-        states, counts = (held[:, :, 0, 0].gather(1, newest) for held in cache.layers[0])
+        states, counts = (held[:, :, 0, 0] for held in cache.layers[0])  # (B, S)
+        newest = torch.where(cache.visible, counts[:, None], -1).argmax(dim=2)  # (B, K)
+        states, counts = states.gather(1, newest), counts.gather(1, newest)
         states, counts = self.next(states, input_ids), counts + 1
         cache.add_slots(input_ids.size(1))
         for held, new in zip(cache.layers[0], (states, counts), strict=True):
@@ -447,6 +448,7 @@ def test_the_cache_keeps_only_what_some_beam_still_sees() -> None:
         for _ in range(50):
             model.decode_step(torch.ones(1, beams, dtype=torch.int64), cache)
             cache.reorder(torch.zeros(1, beams, dtype=torch.int64))
+    assert cache.used[0] <= 6 + 50 + beams
     room = cache.STEPS_OF_ROOM * beams + VECTOR
     assert cache.layers[0][0].size(1) < 6 + 50 + room
 

@@ -107,7 +107,8 @@ class Method:
         for place, (setting, value) in enumerate(self.settings):
             if place == 0 or value != KINDS[self.kind].options[setting].default:
                 is_layers = setting == "targets"
-                parts.append(value.replace(",", "") if is_layers else f"{setting}{value}")
+                # Letters alone, as it names a file: what they are the trainer checks.
+                parts.append(re.sub(r"\W", "", value) if is_layers else f"{setting}{value}")
         return "-".join(parts)
 
     @property

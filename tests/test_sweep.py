@@ -67,6 +67,7 @@ def test_the_flags_of_a_kind_are_known_to_the_trainer(kind: str) -> None:
         ("lora", "lora-r4", "LoRA, r 4"),
         ("lora:r=16,targets=all", "lora-r16-all", "LoRA, r 16, all"),
         ("lora:targets=q,k,v,r=2", "lora-r2-qkv", "LoRA, r 2, q,k,v"),
+        ("lora:targets=../q", "lora-r4-q", "LoRA, r 4, ../q"),
         ("dora:r=4,alpha=16.0", "dora-r4-alpha16", "DoRA, r 4, alpha 16"),
         ("full:lr=1e-3/5e-3", "full", "full fine-tuning"),
         ("lora:alpha=1234567", "lora-r4-alpha1234567.0", "LoRA, r 4, alpha 1234567.0"),

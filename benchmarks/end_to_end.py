@@ -12,6 +12,7 @@ goes to results/bench/, from where experiments/tables.py makes the table.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -41,8 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", choices=("sample", "e2e"), default="sample", help="default: %(default)s")
     add("--max_step", type=int, default=300, help="of training (default: %(default)s)")
-    add("--test_rows", type=int, default=800, help="at most (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="in which either has its turn (default: 3)")
+    add("--contexts", type=int, default=100, help="decoded, at most (default: %(default)s)")
+    add("--rounds", type=int, default=2, help="in which either has its turn (default: 2)")
     add("--batch", type=int, default=8, help="rows per step (default: %(default)s)")
     add("--decode_batch", type=int, default=16, help="contexts at once (default: %(default)s)")
     add("--rank", type=int, default=4, help="default: %(default)s")
@@ -52,9 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_raw_files(data: str, train_rows: int, test_rows: int, folder: Path) -> dict[str, str]:
-    """Cut the raw files to the budget: training rows from all over the file, the first test rows;
-    and write these as the scorer reads them.
+def write_raw_files(data: str, rows: int, contexts: int, folder: Path) -> dict[str, str]:
+    """Cut the raw files to a budget of rows to train on and of contexts to decode, both from all
+    over their file; and write these as the scorer reads them.
 
     Raises:
         InputError: E2E is asked for without DATA_DIR, or a file is not there.
@@ -65,19 +66,33 @@ def write_raw_files(data: str, train_rows: int, test_rows: int, folder: Path) ->
         source, end = Path(os.environ["DATA_DIR"]) / "e2e", ".txt"
     else:
         raise InputError("--data e2e reads raw files; name by DATA_DIR the folder that has e2e/")
-    paths = {}
-    for split, most in (("train", train_rows), ("test", test_rows)):
-        path = source / (split + end)
-        lines = read_text(path if path.exists() else f"{path}.gz").rstrip("\n").split("\n")
-        stride = max(1, len(lines) // most) if split == "train" else 1
-        target = folder / (split + end)
-        with replacing(target) as file:
-            file.writelines(line + "\n" for line in lines[::stride][:most])
-        paths[f"{split}_data"] = str(target)
+    train, test = (read_lines(source / (split + end)) for split in ("train", "test"))
+    context_of = {line: line.partition("||")[0] for line in test}
+    if data == "sample":
+        context_of = {line: json.loads(line)["context"] for line in test}
+    decoded = {*spaced(list(dict.fromkeys(context_of.values())), contexts)}
+    cut = {
+        "train": spaced(train, rows),
+        "test": [line for line in test if context_of[line] in decoded],
+    }
+    paths = {f"{split}_data": str(folder / (split + end)) for split in cut}
+    for split, lines in cut.items():
+        with replacing(folder / (split + end)) as file:
+            file.writelines(line + "\n" for line in lines)
     if data == "sample":
         return paths | {"scored_data": paths["test_data"]}
     write_jsonl(folder / "scored.jsonl", e2e_rows(paths["test_data"]))
     return paths | {"scored_data": str(folder / "scored.jsonl")}
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file, which may be there as .gz alone."""
+    return read_text(path if path.exists() else f"{path}.gz").rstrip("\n").split("\n")
+
+
+def spaced(items: list[str], most: int) -> list[str]:
+    """At most so many of the items, at equal distances."""
+    return items[:: -(-len(items) // most)]
 
 
 def write_base(folder: Path) -> None:
@@ -204,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_base(folder / "base")
-        raw = write_raw_files(args.data, args.max_step * args.batch, args.test_rows, folder)
+        raw = write_raw_files(args.data, args.max_step * args.batch, args.contexts, folder)
         own = {"warmup_step": args.max_step // 10, "base": str(folder / "base"), "alpha": ALPHA}
         timing, scores = run_rounds(vars(args) | raw | own, folder)
         contexts = {row["context"] for row in read_json_lines(raw["scored_data"])}

@@ -67,7 +67,7 @@ def test_trl_has_our_losses_without_label_smoothing_padded_and_padding_free(
 def test_both_paths_from_raw_files_to_scores_have_their_scores_and_seconds(
     benchmark, tmp_path
 ) -> None:
-    flags = "--max_step 2 --batch 2 --test_rows 12 --rounds 1 --threads 1"
+    flags = "--max_step 2 --batch 2 --contexts 4 --rounds 1 --threads 1"
     benchmark("end_to_end").main(flags.split())
     result = json.loads((tmp_path / "end-to-end-sample.json").read_text(encoding="utf-8"))
     for path in result["paths"].values():

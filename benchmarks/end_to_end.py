@@ -91,7 +91,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def spaced(items: list[str], most: int) -> list[str]:
-    """At most so many of the items, at equal distances."""
+    """At most `most` of the items, at equal distances."""
     return items[:: -(-len(items) // most)]
 
 

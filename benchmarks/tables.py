@@ -155,8 +155,9 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
 def note(result: dict) -> str:
     """What a result was measured on."""
     machine = result["machine"]
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
     text = (
-        f"{machine['threads']} threads of {machine['cpu']}, torch {machine['torch']}, "
+        f"{threads} of {machine['cpu']}, torch {machine['torch']}, "
         f"load average {machine['load_average']:.1f}"
     )
     if "gemm_gflops" in result:

@@ -133,7 +133,7 @@ WRONG = [
     (("--prompt", PUB, "--data", "x.jsonl"), "--data is for data, which --prompt"),
     (("--prompt", PUB, "--output_file", "x"), "--output_file is for data"),
     (("--with_base", "--adapter", "x", "--data", "x.jsonl"), "--with_base is for prompts"),
-    (("--prompt", PUB, "--num_return_sequences", 4), "--num_return_sequences 4 is more than"),
+    (("--prompt", PUB, "--num_return_sequences", 4), "--num_return_sequences 4 must be from 1"),
 ]
 
 

@@ -24,6 +24,7 @@ from urllib.request import Request, urlopen
 
 from common.errors import InputError, Parser, run
 from common.files import sync_folder
+from common.locks import locked
 
 MANIFEST = Path(__file__).with_name("downloads.json")
 HUB = "https://huggingface.co"
@@ -180,6 +181,13 @@ def fetch(group: str, name: str, entry: dict, folder: Path) -> Path:
     if matches(target, expected):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder, str(folder), "download"):  # two would write into one part
+        return target if matches(target, expected) else get(group, name, entry, folder)
+
+
+def get(group: str, name: str, entry: dict, folder: Path) -> Path:
+    """As `fetch`, for the one that has the folder to itself and has no such file in it."""
+    target, expected = folder / name, entry["checksum"]
     part = folder / f"{name}.part"
     failures = [f"{target} is another file: its checksum differs"] if target.exists() else []
     for source in sources(group, name, entry["urls"]):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
+from common.locks import LOCK_FILE, locked
 from data import download
 from data.download import MANIFEST, checksum, fetch
 
@@ -93,19 +94,24 @@ def entry(*urls: str, expected: str = SHA256, most_bytes: int = len(CONTENT)) ->
     return {"checksum": expected, "most_bytes": most_bytes, "urls": list(urls)}
 
 
+def files_in(folder: Path) -> list[str]:
+    """What a download left in a folder, but for the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE)
+
+
 def test_a_file_is_saved_once_and_then_only_checked(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
         target = fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path)
         assert target.read_bytes() == CONTENT
     assert server.asked == [None]
-    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    assert files_in(tmp_path) == ["a.bin"]
 
 
 def test_a_wrong_checksum_leaves_no_file_behind(server: Server, tmp_path: Path) -> None:
     wrong = entry(f"{server.url}/a.bin", expected="sha256:" + "0" * 64)
     with pytest.raises(InputError, match="checksum differs"):
         fetch("g", "a.bin", wrong, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == []
 
 
 def test_the_next_address_is_tried_when_one_has_nothing(server: Server, tmp_path: Path) -> None:
@@ -158,13 +164,13 @@ def test_a_body_without_end_is_cut_off_at_the_size_of_the_file(
     server.length, server.endless = None, True
     with pytest.raises(InputError, match=f"another file, it is larger than {len(CONTENT):,} bytes"):
         fetch("g", "a.bin", entry(f"{server.url}/a.bin"), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == []
 
 
 def test_a_larger_file_is_refused_before_it_is_received(server: Server, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"another file, it has {len(CONTENT):,} bytes"):
         fetch("g", "a.bin", entry(f"{server.url}/a.bin", most_bytes=1000), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("length", ["abc", "-5", "1e3", "9" * 5000])
@@ -293,3 +299,17 @@ def test_listed_checksums_are_those_of_the_public_files(
             fetch(group, name, {**e, "urls": []}, tmp_path)
             checked += 1
     assert checked == 159
+
+
+def test_a_folder_into_which_another_download_writes_is_left_to_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.locks.LOCK_SECONDS", 0.1)
+    wanted = entry(f"{server.url}/a.bin")
+    with (
+        locked(tmp_path, str(tmp_path), "download"),
+        pytest.raises(InputError, match="is in use by another download"),
+    ):
+        fetch("g", "a.bin", wanted, tmp_path)
+    assert server.asked == [] and not (tmp_path / "a.bin.part").exists()
+    assert fetch("g", "a.bin", wanted, tmp_path).read_bytes() == CONTENT

@@ -33,9 +33,10 @@ GRID_STEPS = 200
 # Learning rates between which 200 steps choose.
 LORA = "lr=2e-3/5e-3/1e-2/2e-2"
 FULL = "full:lr=5e-4/1e-3/2e-3/4e-3"
-TOP2 = "top2:lr=1e-3/2e-3/5e-3"
-BITFIT = "bitfit:lr=5e-3/2e-2/5e-2"
-ADAPTERS = "lr=1e-3/3e-3/1e-2"
+TOP2 = "top2:lr=1e-3/2e-3/5e-3/1e-2"
+BITFIT = "bitfit:lr=5e-3/2e-2/5e-2/1e-1"
+ADAPTERS = "lr=1e-3/3e-3/1e-2/3e-2"
+ADAPTER_L = "lr=1e-3/3e-3/1e-2/3e-2/1e-1"
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ GROUPS = {
             FULL,
             TOP2,
             BITFIT,
-            f"adapter_l:dim=6,{ADAPTERS}",
-            f"adapter_l:dim=64,{ADAPTERS}",
+            f"adapter_l:dim=6,{ADAPTER_L}",
+            f"adapter_l:dim=64,{ADAPTER_L}",
             f"adapter_h:dim=32,{ADAPTERS}",
             f"prefix:length=5,{ADAPTERS}",
             f"lora:r=4,{LORA}",

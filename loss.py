@@ -58,10 +58,12 @@ class SmoothedCrossEntropy(torch.autograd.Function):
         )
         if by_hidden is not None or by_head is not None:
             scales = weights * (top - normalizer).exp()
+            of_label, of_all = (1 - e) * weights * held, weights * (e / len(head))
             for number, part in enumerate(parts):
                 gradient = exponentials[number].mul_(scales[number])
-                gradient.sub_(weights * (e / len(head)))
-                gradient[places[number], rows] -= (1 - e) * weights * held[number]
+                if e:
+                    gradient.sub_(of_all)
+                gradient[places[number], rows] -= of_label[number]
                 gradient = gradient.to(hidden.dtype)
                 if by_hidden is not None:
                     by_hidden += gradient.T @ part

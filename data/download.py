@@ -23,7 +23,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from common.errors import InputError, Parser, run
-from common.files import sync_folder
+from common.files import make_folder, sync_folder
 from common.locks import locked
 
 MANIFEST = Path(__file__).with_name("downloads.json")
@@ -180,7 +180,7 @@ def fetch(group: str, name: str, entry: dict, folder: Path) -> Path:
     target, expected = folder / name, entry["checksum"]
     if matches(target, expected):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with locked(folder, str(folder), "download"):  # two would write into one part
         return target if matches(target, expected) else get(group, name, entry, folder)
 

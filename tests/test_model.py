@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import checkpoints
 import loralib as lora
+import loss as smoothed
 import model
 from checkpoints.base import canonical_name
 from common.batch import Batch
@@ -114,9 +116,10 @@ def test_loss_is_smoothed_cross_entropy_of_counted_tokens_whatever_is_masked_or_
     tokens=st.integers(1, 8),
     density=st.sampled_from([0.2, 0.6, 1.0]),
     weighted=st.booleans(),
+    part=st.sampled_from([7, 32, smoothed.TOKENS]),
 )
 def test_gradients_are_autograds_of_the_smoothed_cross_entropy(
-    seed: int, smoothing: float, rows: int, tokens: int, density: float, weighted: bool
+    seed: int, smoothing: float, rows: int, tokens: int, density: float, weighted: bool, part: int
 ) -> None:
     torch.manual_seed(seed)
     gpt = tiny_model(lora_attn_dim=2).double()
@@ -136,7 +139,8 @@ def test_gradients_are_autograds_of_the_smoothed_cross_entropy(
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in gpt.named_parameters()}
     gpt.zero_grad()
-    _, loss = gpt(ids, labels, mask, smoothing)
+    with mock.patch.object(smoothed, "TOKENS", part):
+        _, loss = gpt(ids, labels, mask, smoothing)
     (3 * loss).backward()
     assert torch.isclose(loss.double(), expected, rtol=1e-5)
     for name, parameter in gpt.named_parameters():

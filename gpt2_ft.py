@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import gpu
+from common.batch import Batch
 from common.errors import InputError, Parser
 from common.errors import run as run_program
 from common.process_group import leave, naming_lost_ranks, speaking_once
@@ -154,14 +155,12 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> StepResult:
     sums = runtime.sum_on_device(sum(counts), run.signal, bool(late))
     plain_sum = smoothed_sum = torch.zeros((), device=runtime.device)
     for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-        batch = runtime.to_device(batch)
+        # DistributedDataParallel averages over ranks, so each one's share is scaled back up.
+        share = count * runtime.world_size / sums[0]
         with gpu.no_sync(run.model, skip=i < len(batches) - 1):
-            with runtime.autocast():
-                plain, smoothed = run.model(batch, label_smooth=settings.label_smooth)
-            # DistributedDataParallel averages over ranks, so each one's share is scaled back up.
-            run.scaler.scale(smoothed * (count * runtime.world_size / sums[0])).backward()
+            plain, smoothed = forward_backward(run, batch, run.scaler.scale(share))
         plain_sum = plain_sum + plain * count
-        smoothed_sum = smoothed_sum + smoothed.detach() * count
+        smoothed_sum = smoothed_sum + smoothed * count
 
     run.scaler.unscale_(run.optimizer)
     parameters = list(run.trained.values())
@@ -170,10 +169,25 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> StepResult:
         nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
     run.updates.take(norm)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=run.graphs is None)
     own = torch.stack((norm, plain_sum, smoothed_sum)).to(sums.dtype)
     tokens = int(sum(run.train.lengths[micro].sum() for micro in rows))
     return StepResult(sum(counts), tokens, Arriving(torch.cat((own, sums[1:]))))
+
+
+def forward_backward(run: Run, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the gradients of `share` times the loss of a micro-batch to the parameters'; return its
+    loss without and with smoothing."""
+
+    def passes(batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
+        with run.runtime.autocast():
+            plain, smoothed = run.model(batch, label_smooth=run.settings.label_smooth)
+        (smoothed * share).backward()
+        return plain, smoothed.detach()
+
+    if run.graphs is not None:
+        return run.graphs.run(passes, batch, share)
+    return passes(run.runtime.to_device(batch), share)
 
 
 def settle_steps(run: Run) -> None:

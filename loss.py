@@ -91,7 +91,7 @@ def smoothed_cross_entropy(
         hidden: (N, C) of the counted positions.
         head: (V, C), the tied embedding.
         labels: (N,) int64.
-        weights: (N,), above 0.
+        weights: (N,), 0 or above.
     """
     weights = weights.float()
     total, plain = SmoothedCrossEntropy.apply(hidden, head, labels, weights, label_smooth)

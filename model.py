@@ -127,7 +127,7 @@ class Attention(nn.Module):
         lengths = spans.lengths
         if cache is not None:
             cache.add_layer(*fused.view(len(fused), 3, self.n_head, -1).unbind(1)[1:])
-        if len(set(lengths)) == 1:
+        if not spans.bound and len(set(lengths)) == 1:
             return self.attend(fused.view(len(lengths), -1, fused.size(-1))).flatten(0, 1)
         if packed_attention.is_possible(fused, fused.size(-1) // (3 * self.n_head)):
             return self.attend_packed(fused, spans)
@@ -138,8 +138,8 @@ class Attention(nn.Module):
     def attend_packed(self, fused: Tensor, spans: Spans) -> Tensor:
         """`attend` of sequences (N, 3C) to (N, C) by one kernel, which sees where they start."""
         query, key, value = fused.view(len(fused), 3, self.n_head, -1).unbind(1)  # each (N, H, D)
-        longest = max(spans.lengths)
-        return packed_attention.attend(query, key, value, spans.starts, longest).flatten(1)
+        starts, longest = spans.starts, spans.longest
+        return packed_attention.attend(query, key, value, starts, longest).flatten(1)
 
     def attend_padded(self, fused: Tensor, lengths: list[int]) -> Tensor:
         """`attend` of sequences (N, 3C) to (N, C) by one large kernel, though a part is padding."""

@@ -3,8 +3,9 @@
     python -m benchmarks.gpu                   all parts;  --part NAME one of them
 
     tests       tests/test_cuda.py
-    train-sm    steps of gpt2.sm: attention padded and packed, blocks compiled, in fp32, bf16 and
-                fp16, of 8, 32 and 128 rows; transformers + peft and trl's SFTTrainer, if installed
+    train-sm    steps of gpt2.sm: attention padded and packed, blocks compiled, steps recorded as
+                CUDA graphs, compiled or not, in fp32, bf16 and fp16, of 8, 32 and 128 rows;
+                transformers + peft and trl's SFTTrainer, if installed
     train-md    the same of gpt2.md
     memory      peak memory by model, rows, --gradient_checkpointing and --base_dtype
     decode      beam search, and transformers' generate, if installed
@@ -47,6 +48,7 @@ from training.run import Run
 from training.setup import prepare
 
 WARM_UP, STEPS = 3, 10
+ROUNDS = 3  # through the same steps, of which the last is timed: graphs are recorded in the second
 RESULTS = common.ROOT / "results" / "gpu"
 Row = dict[str, Any]
 
@@ -131,13 +133,13 @@ class Latest:
 
 
 def time_steps(bench: Bench, run: Run, batch: int, steps: int = STEPS) -> Row:
-    """Seconds a step, real tokens a second and peak memory, after steps that warm up."""
+    """Seconds a step, real tokens a second and peak memory, after rounds that warm up."""
     order = itertools.cycle(range(len(run.train)))
-    seconds, tokens = 0.0, 0
+    chosen = [[next(order) for _ in range(batch)] for _ in range(steps)]
+    tokens = int(sum(run.train.lengths[rows].sum() for rows in chosen))
+    seconds = 0.0
     gpu_peers.reset_memory(bench.device)
-    for count in (WARM_UP, steps):
-        chosen = [[next(order) for _ in range(batch)] for _ in range(count)]
-        tokens = int(sum(run.train.lengths[rows].sum() for rows in chosen))
+    for _ in range(ROUNDS):
         bench.synchronize()
         started = perf_counter()
         for rows in chosen:
@@ -158,22 +160,28 @@ def padded_attention() -> AbstractContextManager:
     return mock.patch.object(packed_attention, "is_possible", return_value=False)
 
 
+LADDER = {
+    "padded": (), "packed": (), "compiled": ("--compile",), "graphs": ("--cuda_graphs",),
+    "compiled graphs": ("--compile", "--cuda_graphs"),
+}  # fmt: skip
+CUDA_ONLY = ("graphs", "compiled graphs")
+HALVES_ONLY = ("packed", *CUDA_ONLY)  # as there is no kernel of attention for fp32
+
+
 def training_cases(bench: Bench, size: str) -> Iterator[Case]:
     """A ladder for each precision and number of rows, and the peers."""
     latest = Latest()
 
     def ours(way: str, precision: str, batch: int) -> Row:
-        flags = ["--compile"] if way == "compiled" else []
-        make = partial(bench.make_run, size, precision, *flags)
-        run = latest.get((precision, way == "compiled"), make)
+        flags = LADDER[way]
+        run = latest.get((precision, flags), partial(bench.make_run, size, precision, *flags))
         with padded_attention() if way == "padded" else nullcontext():
             return time_steps(bench, run, batch)
 
-    ladder = ("padded", "packed", "compiled")
     peers = gpu_peers.TRAINING
-    for precision, way in itertools.product(bench.precisions, (*ladder, *peers)):
-        if way == "packed" and precision == "fp32":
-            continue  # for which there is no such kernel
+    for precision, way in itertools.product(bench.precisions, (*LADDER, *peers)):
+        if way in HALVES_ONLY and precision == "fp32" or way in CUDA_ONLY and bench.is_toy:
+            continue
         for batch in bench.batches:
             labels = {"precision": precision, "way": way, "rows": batch}
             if way in peers:

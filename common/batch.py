@@ -6,16 +6,27 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Spans:
     """Where sequences lie in a row: their lengths, on the host, and, where the row is, the place at
-    which each starts and the last one ends, (B + 1,) int32, for kernels that look there."""
+    which each starts and the last one ends, (B + 1,) int32, for kernels that look there.
+
+    Where what is computed on the row is recorded for other rows too, there are no lengths on the
+    host, only the most that one can be.
+    """
 
     lengths: list[int]
     starts: Tensor
+    bound: int = 0
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest sequence, or the most that it can be."""
+        return self.bound or max(self.lengths)
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Spans":
@@ -45,8 +56,12 @@ class Batch:
     spans: Spans
     counted: Tensor  # (M,) int64, which of the N count, ascending
     targets: Tensor  # (M,) int64, the token that follows each of these
-    weights: Tensor  # (M,), of each in the loss, above 0
+    weights: Tensor  # (M,), of each in the loss, above 0; 0 where a batch was filled up
     count: float  # the sum of the weights
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the batch, always in the same order."""
+        return [self.spans.starts, *(t for t in vars(self).values() if isinstance(t, Tensor))]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with the function applied to each of its tensors."""
@@ -54,6 +69,20 @@ class Batch:
         mapped: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
         spans = replace(self.spans, starts=function(self.spans.starts))
         return replace(self, spans=spans, **mapped)
+
+    def filled(self, multiple: int) -> "Batch":
+        """Return the batch, which is on the host, with multiples of a number as N and M, so that
+        few sizes occur: with one more sequence of up to that many tokens, of which none counts."""
+        room, more = multiple - len(self.input_ids) % multiple, -len(self.counted) % multiple
+        return replace(
+            self,
+            input_ids=F.pad(self.input_ids, (0, room)),
+            positions=F.pad(self.positions, (0, room)),
+            spans=Spans.of([*self.spans.lengths, room]),
+            counted=F.pad(self.counted, (0, more), value=len(self.input_ids)),
+            targets=F.pad(self.targets, (0, more)),
+            weights=F.pad(self.weights, (0, more)),
+        )
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, labels: Tensor, mask: Tensor | None) -> "Batch":

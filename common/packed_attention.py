@@ -29,7 +29,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
     Args:
         query, key, value: (N, H, D), fp16 or bf16.
         starts: (B + 1,) int32, where each sequence starts and the last one ends.
-        longest: the length of the longest.
+        longest: the length of the longest, or more.
 
     Returns:
         (N, H, D).

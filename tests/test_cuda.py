@@ -13,6 +13,7 @@ from common import packed_attention
 from common.batch import Spans
 from decoding.cache import DecodeCache
 from model import Attention, GPT2Config, GPT2LMModel
+from training import graphs
 from training.setup import prepare
 
 pytestmark = pytest.mark.skipif(
@@ -41,6 +42,8 @@ def losses(nano: Tiny, work_dir: str, *flags: str) -> list[float]:
         (("--fp16", "--base_dtype=fp16"), 5e-2),
         (("--compile",), 1e-3),
         (("--bf16", "--compile", "--gradient_checkpointing"), 5e-2),
+        (("--bf16", "--cuda_graphs"), 5e-2),
+        (("--fp16", "--cuda_graphs", "--compile"), 5e-2),
     ],
 )
 def test_losses_on_a_gpu_are_those_of_a_cpu(
@@ -77,6 +80,25 @@ def test_no_step_waits_for_the_gpu(
     forbidding_waits()
     gpt2_ft.train_validate(run, 2)
     assert run.batches_taken == 12 and not run.outstanding
+
+
+@pytest.mark.parametrize("method", [["--lora_dim=2", "--lora_dropout=0.5"], ["--method=full"]])
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
+def test_replayed_steps_are_those_that_are_not(
+    precision: str, method: list[str], nano: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of one size, as they are filled up that far; dropout draws the same numbers."""
+    flags = [precision, "--device", "cuda", "--cuda_graphs", "--deterministic"]
+    losses = []
+    for most in (0, 128):
+        monkeypatch.setattr(graphs, "MOST", most)
+        monkeypatch.setattr(graphs, "MULTIPLE", 512)
+        args = gpt2_ft.parse_args(nano.argv_of(method, "run", *flags))
+        run = prepare(args, gpu.parse_gpu(args), nano.folder / "run", None)
+        steps = [*run.sampler.steps(1), *run.sampler.steps(2)]
+        losses.append([gpt2_ft.optimizer_step(run, rows).loss for rows in steps])
+        assert bool(run.graphs.recorded) == bool(most)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3) and len(set(losses[0])) > 6
 
 
 @pytest.mark.parametrize("dtype", packed_attention.HALVES)

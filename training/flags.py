@@ -210,6 +210,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="Compiles the blocks (torch.compile), for runs long enough (docs/performance.md).",
     )
     add(
+        "--cuda_graphs",
+        action="store_true",
+        help="Records the kernels of a step once for each size of batch and launches them at once "
+        "from then on, for small models on a GPU (docs/gpu.md).",
+    )
+    add(
         "--base_dtype",
         choices=("bf16", "fp16"),
         help="Holds the frozen base in the half that --bf16 or --fp16 computes in, which takes "

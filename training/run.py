@@ -22,6 +22,7 @@ from eval.choice import LOSS, is_better
 from gpu import Runtime
 from methods.prefix import KEY_VALUES
 from model import GPT2LMModel
+from training.graphs import Graphs
 from training.log import RunLog
 from training.scores import Scoring, ValidTexts
 from training.updates import Updates
@@ -91,7 +92,7 @@ class Interval:
 
 @dataclass
 class Run:
-    """All that a training run consists of.
+    """All that a training run consists of. Without `graphs` every kernel is launched by the host.
 
     `flags` holds the value of every flag, as run.json keeps them; the loop reads `settings` and
     `plan`. `step` counts updates, `batches_taken` the global batches taken from the data: more,
@@ -112,6 +113,7 @@ class Run:
     scheduler: LambdaLR
     scaler: GradScaler
     updates: Updates
+    graphs: Graphs | None
     train: FT_Dataset
     valid: FT_Dataset | None
     sampler: EpochSampler

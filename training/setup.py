@@ -18,6 +18,7 @@ import checkpoints
 import gpu
 import loralib as lora
 from checkpoints import AdapterHeader, Base, BaseWeights, Vocabulary
+from common import packed_attention
 from common.errors import InputError
 from common.text_files import check_shareable
 from data_utils import EpochSampler, FT_Dataset, load_tokenizer
@@ -33,6 +34,7 @@ from optimizer import (
     rate_factor,
 )
 from training.flags import DEFAULT_EPOCHS, FULL_KEEPS, LARGEST_HIDDEN, RECIPE_LOG_INTERVAL
+from training.graphs import Graphs
 from training.log import RunLog
 from training.report import (
     print_disk,
@@ -43,7 +45,7 @@ from training.report import (
     trained_parameters,
 )
 from training.resume import State, check_equal_ranks, check_settings, flat, restore
-from training.run import Plan, Run, RunSettings
+from training.run import Plan, Run, RunSettings, trained_tensors
 from training.scores import FLAGS, Scoring, ValidTexts
 from training.updates import CheckedUpdates, DeferredUpdates, defers
 
@@ -115,12 +117,7 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
     check_equal_ranks(runtime, shared | flat(header) | {"valid_data": valid_data})
     if state is not None and not args.resume_anyway:
         check_settings(state, header, scoring)
-    model.transformer.gradient_checkpointing = args.gradient_checkpointing
-    if args.base_dtype:
-        model.hold_base_in(gpu.AUTOCAST[args.base_dtype])
-    model.to(runtime.device).train()
-    if args.compile:
-        model.transformer.compile_blocks()
+    send_to_device(args, runtime, model)
     for_optimizer = optimizer_settings(args, plan)
     deferred = defers(runtime, args.optimizer)
     optimizer = create_adam_optimizer_from_args(model, for_optimizer, deferred)
@@ -139,6 +136,7 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
         scheduler=scheduler,
         scaler=scaler,
         updates=DeferredUpdates(optimizer, scheduler) if deferred else checked,
+        graphs=graphs_of(args, runtime, model) if args.cuda_graphs else None,
         train=train,
         valid=valid,
         sampler=sampler_of(args, runtime, plan, len(train)),
@@ -152,6 +150,16 @@ def prepare(args: argparse.Namespace, runtime: Runtime, work_dir: Path, state: S
         source = work_dir if args.resume == "auto" else Path(args.resume)
         restore(run, state, source)
     return run
+
+
+def send_to_device(args: argparse.Namespace, runtime: Runtime, model: GPT2LMModel) -> None:
+    """Bring the model to where it is trained, in the form that it is trained in."""
+    model.transformer.gradient_checkpointing = args.gradient_checkpointing
+    if args.base_dtype:
+        model.hold_base_in(gpu.AUTOCAST[args.base_dtype])
+    model.to(runtime.device).train()
+    if args.compile:
+        model.transformer.compile_blocks()
 
 
 def from_flags(kind: type[T], args: argparse.Namespace, **resolved: object) -> T:
@@ -196,6 +204,8 @@ def check_early(args: argparse.Namespace, runtime: Runtime) -> None:
     scoring_settings(args)
     if args.compile:
         check_compiler(runtime.device)
+    if args.cuda_graphs:
+        check_recordable(args, runtime)
     if args.base_dtype:
         check_base_dtype(args, runtime)
 
@@ -211,6 +221,38 @@ def check_compiler(device: torch.device) -> None:
         raise InputError(
             f"--compile needs a C++ compiler, and there is no {compiler}; leave it out"
         )
+
+
+def check_recordable(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Refuse what a CUDA graph cannot record, as the host would have to know the lengths of texts,
+    the random state, or the other processes meanwhile."""
+    if runtime.device.type != "cuda":
+        raise InputError("--cuda_graphs is for CUDA devices; leave it out")
+    if runtime.precision == "fp32":
+        raise InputError("--cuda_graphs goes with --bf16 or --fp16; give one, or leave it out")
+    if runtime.world_size > 1:
+        raise InputError(
+            "--cuda_graphs is for one process; leave it out, or start without torchrun"
+        )
+    if args.gradient_checkpointing:
+        raise InputError("--cuda_graphs and --gradient_checkpointing exclude each other; give one")
+    if args.method == "prefix":
+        raise InputError("--cuda_graphs cannot record --method prefix; leave it out")
+
+
+def graphs_of(args: argparse.Namespace, runtime: Runtime, model: GPT2LMModel) -> Graphs:
+    """Return what records the passes of this model.
+
+    Raises:
+        InputError: this GPU or PyTorch has no attention without padding.
+    """
+    row = torch.empty(0, dtype=gpu.AUTOCAST[runtime.precision], device=runtime.device)
+    if not packed_attention.is_possible(row, model.config.n_embd // model.config.n_head):
+        raise InputError(
+            "--cuda_graphs needs attention without padding, which takes an Ampere or later GPU and "
+            "PyTorch 2.10 or later; leave it out"
+        )
+    return Graphs(runtime, trained_tensors(model).values(), args.seq_len)
 
 
 def check_base_dtype(args: argparse.Namespace, runtime: Runtime) -> None:

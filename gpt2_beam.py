@@ -265,10 +265,8 @@ def cut_contexts(
     runtime: Runtime, rows: Rows, windows: Sequence[int], eval_len: int
 ) -> list[Context]:
     """Return each row's context; those too long for its window lose their head, and are counted."""
-    if (window := min(windows)) <= eval_len:
-        raise InputError(
-            f"--eval_len {eval_len} leaves no room for a context in --seq_len {window}"
-        )
+    window = min(windows)
+    checkpoints.check_room("eval_len", eval_len, window)
     rooms = np.array(windows) - eval_len
     cut = int((rows.lengths[:, 0] > rooms).sum())
     if cut and runtime.rank == 0:

@@ -20,6 +20,7 @@ from checkpoints.base import (
     BaseWeights,
     base_fingerprint,
     card_of,
+    check_room,
     check_window,
     load_base,
     load_weights,
@@ -30,11 +31,30 @@ from checkpoints.base import (
 )
 from checkpoints.header import FORMAT_VERSION, AdapterHeader, Base, Vocabulary
 
-__all__ = ["FORMAT_VERSION", "PEFT_FILES", "AdapterHeader", "Base", "BaseWeights", "FoundAdapter"]
-__all__ += ["Vocabulary", "apply_trained", "assemble", "base_fingerprint", "card_of"]
-__all__ += ["check_vocabulary", "check_window", "find_adapter", "load", "load_adapters"]
-__all__ += ["load_base", "load_weights", "merge", "model_config", "parse_targets", "read_adapter"]
-__all__ += [
+__all__ = [
+    "AdapterHeader",
+    "Base",
+    "BaseWeights",
+    "FORMAT_VERSION",
+    "FoundAdapter",
+    "PEFT_FILES",
+    "Vocabulary",
+    "apply_trained",
+    "assemble",
+    "base_fingerprint",
+    "card_of",
+    "check_room",
+    "check_vocabulary",
+    "check_window",
+    "find_adapter",
+    "load",
+    "load_adapters",
+    "load_base",
+    "load_weights",
+    "merge",
+    "model_config",
+    "parse_targets",
+    "read_adapter",
     "read_base",
     "read_shapes",
     "read_tensors",

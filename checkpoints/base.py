@@ -365,6 +365,16 @@ def check_window(seq_len: int, n_positions: int, virtual_tokens: int = 0) -> Non
         raise InputError(f"--seq_len {seq_len}{prefix} is above the model's {n_positions}{advice}")
 
 
+def check_room(flag: str, eval_len: int, window: int) -> None:
+    """Raise InputError unless a window has room for `eval_len` tokens, which the flag asks for, and
+    one of a context."""
+    if eval_len >= window:
+        raise InputError(
+            f"--{flag} {eval_len} leaves no room for a context in a window of {window} tokens; "
+            f"give at most {window - 1}"
+        )
+
+
 def card_of(state: Mapping[str, Tensor]) -> str:
     """Return the card whose depth and width a base of canonical names has.
 

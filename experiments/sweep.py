@@ -211,11 +211,7 @@ def make_setup(needed_rows: int = 0, **given: Any) -> Setup:
     base = checkpoints.read_base(given["init_checkpoint"])
     setup = Setup(**given, base=base.fingerprint, train=train, valid=valid, test=test, rows=rows)
     checkpoints.check_window(setup.seq_len, base.n_positions)
-    if setup.eval_len >= base.n_positions:
-        raise InputError(
-            f"--eval_len {setup.eval_len} leaves no room for a context in the model's "
-            f"{base.n_positions}"
-        )
+    checkpoints.check_room("eval_len", setup.eval_len, base.n_positions)
     return setup
 
 

@@ -436,7 +436,7 @@ def test_what_is_decoded_must_leave_the_prefix_its_positions(tiny: Tiny, run: Pa
     arguments += ["--eos_token_id", 5, "--adapter", run, "--device", "cpu"]
     arguments += ["--output_file", tiny.folder / "out.jsonl"]
     for more, message in (
-        (["--eval_len", 29], "--eval_len 29 leaves no room for a context in --seq_len 29"),
+        (["--eval_len", 29], "--eval_len 29 leaves no room for a context in a window of 29"),
         (["--eval_len", 8, "--seq_len", 30], "--seq_len 30 with a prefix of 3 is above the model"),
     ):
         with pytest.raises(InputError, match=message):

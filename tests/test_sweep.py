@@ -439,7 +439,10 @@ def test_a_flag_that_is_missing_or_out_of_range_is_one_sentence(tmp_path: Path) 
     "flag, says",
     [
         ("seq_len", "--seq_len 600 is above the model's 512"),
-        ("eval_len", "--eval_len 600 leaves no room for a context in the model's 512"),
+        (
+            "eval_len",
+            "--eval_len 600 leaves no room for a context in a window of 512 tokens",
+        ),
     ],
 )
 def test_lengths_that_a_base_does_not_have_are_refused_before_anything_is_trained(

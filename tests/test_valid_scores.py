@@ -428,7 +428,7 @@ REFUSED = {
     "without scores": (["--valid_beam", "4"], "--valid_beam is for scores of texts"),
     "no room": (
         ["--valid_metric", "bleu", "--valid_eval_len", "4096"],
-        "--valid_eval_len 4096 leaves no room for a context in the model's window",
+        "--valid_eval_len 4096 leaves no room for a context in a window of",
     ),
 }
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
+import checkpoints
 from common.errors import InputError
 from data_utils import Rows, default_end_ids
 from decoding import Hypothesis, SearchSettings, text_of
@@ -132,12 +133,8 @@ class ValidTexts:
         Raises:
             InputError: there is nothing to score, or a score does not fit the contexts.
         """
+        checkpoints.check_room("valid_eval_len", scoring.search.eval_len, window)
         room = window - scoring.search.eval_len
-        if room < 1:
-            raise InputError(
-                f"--valid_eval_len {scoring.search.eval_len} leaves no room for a context in the "
-                f"model's window of {window}"
-            )
         keys = [tuple(row.context.tolist()) for row in rows]
         chosen = set(islice(dict.fromkeys(keys), scoring.contexts))
         numbers = [number for number, key in enumerate(keys) if key in chosen]

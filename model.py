@@ -18,7 +18,6 @@ from typing import Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import loralib
@@ -127,12 +126,12 @@ class Attention(nn.Module):
         lengths = spans.lengths
         if cache is not None:
             cache.add_layer(*fused.view(len(fused), 3, self.n_head, -1).unbind(1)[1:])
-        if not spans.bound and len(set(lengths)) == 1:
-            return self.attend(fused.view(len(lengths), -1, fused.size(-1))).flatten(0, 1)
         if packed_attention.is_possible(fused, fused.size(-1) // (3 * self.n_head)):
             return self.attend_packed(fused, spans)
+        if len(set(lengths)) == 1:
+            return self.attend(fused.view(len(lengths), -1, fused.size(-1))).flatten(0, 1)
         if fused.is_cuda:
-            return self.attend_padded(fused, lengths)
+            return self.attend_padded(fused, spans)
         return torch.cat([self.attend(part[None])[0] for part in fused.split(lengths)])
 
     def attend_packed(self, fused: Tensor, spans: Spans) -> Tensor:
@@ -141,10 +140,12 @@ class Attention(nn.Module):
         starts, longest = spans.starts, spans.longest
         return packed_attention.attend(query, key, value, starts, longest).flatten(1)
 
-    def attend_padded(self, fused: Tensor, lengths: list[int]) -> Tensor:
-        """`attend` of sequences (N, 3C) to (N, C) by one large kernel, though a part is padding."""
-        padded = self.attend(pad_sequence(fused.split(lengths), batch_first=True))
-        return torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])
+    def attend_padded(self, fused: Tensor, spans: Spans) -> Tensor:
+        """`attend` of sequences (N, 3C) to (N, C) by one large kernel. What pads a sequence comes
+        after it, where nothing of it attends."""
+        rows, places = spans.padded
+        padded = fused.index_select(0, rows).view(len(spans.lengths), -1, fused.size(-1))
+        return self.attend(padded).flatten(0, 1).index_select(0, places)
 
     def attend(self, fused: Tensor) -> Tensor:
         """Causal attention of each sequence to itself, (B, T, 3C) to (B, T, C)."""
@@ -356,7 +357,8 @@ class GPT2LMModel(nn.Module):
             return None, self.losses(batch, label_smooth)[0]
         rows, tokens = input_ids.shape
         positions = torch.arange(tokens, device=input_ids.device).repeat(rows)
-        hidden = self.transformer(input_ids.flatten(), positions, Spans.of([tokens] * rows))
+        spans = Spans.of([tokens] * rows).to(input_ids.device)
+        hidden = self.transformer(input_ids.flatten(), positions, spans)
         return self.head(hidden).view(rows, tokens, -1), None
 
     def losses(self, batch: Batch, label_smooth: float) -> tuple[Tensor, Tensor]:

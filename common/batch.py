@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -27,6 +28,20 @@ class Spans:
     def longest(self) -> int:
         """The length of the longest sequence, or the most that it can be."""
         return self.bound or max(self.lengths)
+
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Which row of the sequences stands at each place where all are padded to the longest, and
+        the place at which each row stands, (B · longest,) and (N,) int64, where the row is.
+
+        At a place that a sequence does not fill stands a row of another.
+        """
+        starts, total = self.starts[:-1].long(), sum(self.lengths)
+        places, numbers = (torch.arange(n, device=starts.device) for n in (self.longest, total))
+        rows = (starts[:, None] + places).flatten().clamp(max=total - 1)
+        shifts = self.longest * torch.arange(len(starts), device=starts.device) - starts
+        # With its size known, nothing has to be read from a device.
+        return rows, numbers + shifts.repeat_interleave(self.starts.diff(), output_size=total)
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Spans":

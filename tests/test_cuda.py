@@ -102,7 +102,7 @@ def test_replayed_steps_are_those_that_are_not(
 
 
 @pytest.mark.parametrize("dtype", packed_attention.HALVES)
-@pytest.mark.parametrize("lengths", [[5, 1, 70], [129, 128, 1, 3]])
+@pytest.mark.parametrize("lengths", [[5, 1, 70], [129, 128, 1, 3], [64, 64]])
 def test_packed_attention_and_its_gradients_are_those_of_padded_rows(
     lengths: list[int], dtype: torch.dtype
 ) -> None:
@@ -111,10 +111,8 @@ def test_packed_attention_and_its_gradients_are_those_of_padded_rows(
     fused = torch.randn(sum(lengths), 768, device="cuda", dtype=dtype, requires_grad=True)
     if not packed_attention.is_possible(fused, 64):
         pytest.skip("torch has no packed attention for this GPU")
-    mixed = (
-        attention.attend_packed(fused, Spans.of(lengths).to(fused.device)),
-        attention.attend_padded(fused, lengths),
-    )
+    spans = Spans.of(lengths).to(fused.device)
+    mixed = attention.attend_packed(fused, spans), attention.attend_padded(fused, spans)
     weights = torch.randn_like(mixed[0])
     grads = [torch.autograd.grad((m * weights).sum(), fused)[0] for m in mixed]
     for packed, padded in (mixed, grads):

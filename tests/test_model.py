@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoints
 import loralib as lora
 import loss as smoothed
 import model
 from checkpoints.base import canonical_name
-from common.batch import Batch
+from common.batch import Batch, Spans
 from common.errors import InputError
 from decoding.cache import DecodeCache
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
@@ -278,17 +279,40 @@ def test_canonical_name_leaves_canonical_names_alone() -> None:
         assert canonical_name(name) == name
 
 
-def test_attention_of_padded_sequences_is_that_of_each_by_itself() -> None:
-    """GPUs take the first way, CPUs the second."""
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_attention_of_padded_sequences_is_that_of_each_by_itself(lengths: list[int]) -> None:
+    """GPUs take the first way in fp32, CPUs the second."""
     torch.manual_seed(0)
-    attention, lengths = model.Attention(GPT2Config(n_embd=16, n_head=4)), [5, 1, 7]
+    attention = model.Attention(GPT2Config(n_embd=16, n_head=4))
     fused = torch.randn(sum(lengths), 48, requires_grad=True)
-    found = attention.attend_padded(fused, lengths)
+    found = attention.attend_padded(fused, Spans.of(lengths))
     expected = torch.cat([attention.attend(part[None])[0] for part in fused.split(lengths)])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(
         *(torch.autograd.grad(out.square().sum(), fused)[0] for out in (found, expected))
     )
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_padding_takes_no_more_kernels_for_more_sequences() -> None:
+    attention, counts = model.Attention(GPT2Config(n_embd=16, n_head=4)), []
+    for sequences in (2, 40):
+        lengths = [5, 7] * (sequences // 2)
+        fused = torch.randn(sum(lengths), 48, requires_grad=True)
+        with Counting() as counting:
+            attention.attend_padded(fused, Spans.of(lengths)).sum().backward()
+        counts.append(counting.count)
+    assert counts[0] == counts[1]
 
 
 def small_batch(seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], Batch]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from decoding.cache import CachedModel, batches_by_length, prefill
+from decoding.cache import CachedModel, batches_by_length, prefill, without_plans
 from decoding.rules import MOST_TEXTS, NEVER, TextRules
 
 CHUNK = 64
@@ -71,6 +71,7 @@ class Hypothesis:
 
 
 @torch.inference_mode()
+@without_plans
 def beam_search(
     model: CachedModel,
     prompts: Sequence[Tensor],
@@ -120,6 +121,9 @@ class _Search:
         self.places = settings.beam if settings.search == "hf" else wanted
         self.best: list[list[Hypothesis]] = [[] for _ in prompts]
         self.threshold = torch.full((batch,), NEVER, device=device)
+        # What competes for a place since `settle`: whether it is better than the threshold, its
+        # tokens (B, M, T), its score, and whether it has ended, all others (B, M).
+        self.offers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def run(self, model: CachedModel) -> Iterator[tuple[int, list[Hypothesis]]]:
         """Yield each context's row and hypotheses as soon as it is done."""
@@ -127,8 +131,8 @@ class _Search:
         logits = logits.unsqueeze(1)
         while True:
             parents = self.advance(logits.float())
-            done = self.done()
-            if done.any():
+            done = self.settle()
+            if done is not None:
                 yield from ((self.rows[i], self.best[i]) for i in done.nonzero()[:, 0].tolist())
                 live = (~done).nonzero()[:, 0]
                 if not len(live):
@@ -188,15 +192,37 @@ class _Search:
         """Let beams (B, M) that stop here compete for a place among the best hypotheses."""
         scores = sums / max(tokens.size(2), 1) ** self.settings.length_penalty
         better = stops & (scores > self.threshold.unsqueeze(1))
+        self.offers.append((better, tokens, scores, ended))
+
+    def settle(self) -> Tensor | None:
+        """Give what was offered its places; which contexts are done, (B,) bool, or None if none is.
+
+        Mostly nothing has a place and none is done: one answer of the device then says all that.
+        """
+        offers, self.offers = self.offers, []
+        done = self.done()
+        *news, any_done = torch.stack(
+            [*(better.any() for better, *_ in offers), done.any()]
+        ).tolist()
+        if any(news):
+            for offer, has_place in zip(offers, news, strict=True):
+                if has_place:
+                    self.place(*(column.cpu() for column in offer))
+            done = self.done()
+            any_done = bool(done.any())
+        return done if any_done else None
+
+    def place(self, better: Tensor, *columns: Tensor) -> None:
+        """Put hypotheses among the best: those of columns (B, M, …) that are better."""
         contexts = better.nonzero()[:, 0].tolist()
-        columns = (column[better].tolist() for column in (tokens, scores, ended))
-        for context, *hypothesis in zip(contexts, *columns, strict=True):
+        chosen = (column[better].tolist() for column in columns)
+        for context, *hypothesis in zip(contexts, *chosen, strict=True):
             best = self.best[context]
             best.append(Hypothesis(*hypothesis))
             best.sort(key=lambda h: -h.score)
             del best[self.places :]
             if len(best) == self.places:
-                self.threshold[context] = best[-1].score
+                self.threshold[context].fill_(best[-1].score)
 
     def done(self) -> Tensor:
         """Which contexts are, (B,) bool.
@@ -245,7 +271,8 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _first_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`values.topk(count)` of fp32 values, with equal ones in their order."""
     best, order = values.topk(min(count + 1, values.size(-1)))
-    if (best[..., 1:] == best[..., :-1]).any():
+    # Asking a GPU whether there are equal ones would take longer than ordering them.
+    if values.is_cuda or (best[..., 1:] == best[..., :-1]).any():
         # Integers that are ordered as the values are, and where these are equal by their places;
         # adding 0 makes -0.0 the 0.0 that it is equal to.
         bits = (values + 0.0).view(torch.int32)

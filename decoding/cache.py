@@ -6,10 +6,17 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # What makes a context's attention on a CPU the same, bit for bit, in any batch: its slots come in
 # whole vectors, and contexts with more than this, whose sums are split by their length, come alone.
 VECTOR, SUMMED_IN_ONE = 16, 192
+
+# For functions that decode: any attention but cuDNN's, which torch prefers on new GPUs and which
+# takes tens of milliseconds to plan a new number of slots; every few tokens have one.
+without_plans = sdpa_kernel(
+    [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+)
 
 
 class DecodeCache:
@@ -27,12 +34,18 @@ class DecodeCache:
 
     def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
         """Make the cache of prompts of these lengths."""
-        self.used = list(lengths)  # slots of each context up to the last that a beam sees
+        # Slots of each context up to the last that a beam sees, or, if `bounded`, more.
+        self.used = list(lengths)
         self.positions = torch.tensor(self.used, device=device)  # of the next tokens, (B,)
         self.visible = torch.arange(max(self.used), device=device) < self.positions[:, None, None]
         self.new: tuple[Tensor, Tensor]  # rows (B, 1) and slots (B, K) of the tokens decoded now
         self.mask: Tensor  # of their attention: 0 where visible, else -inf
         self.layers: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def bounded(self) -> bool:
+        """Whether `used` has upper bounds: on a GPU, where the host would have to wait for more."""
+        return self.visible.is_cuda
 
     def add_prefix(self, length: int) -> None:
         """Give each context, before its prompt, slots for a prefix, which all its beams see."""
@@ -51,15 +64,13 @@ class DecodeCache:
     def add_slots(self, beams: int) -> None:
         """Give each beam a slot for the token that is decoded now."""
         if max(self.used) + beams > self.visible.size(2):
-            self._grow(self.STEPS_OF_ROOM * beams)
+            self._make_room(beams)
         seen = self.visible.any(dim=1)  # (B, S)
         slots = seen.int().argsort(dim=1, stable=True)[:, :beams]  # unseen ones come first
-        rows = torch.arange(len(seen), device=seen.device)[:, None]
-        self.new = rows, slots
-        self.visible[rows, torch.arange(beams, device=seen.device), slots] = True
+        self.new = torch.arange(len(seen), device=seen.device)[:, None], slots
+        self.visible = self.visible.scatter(2, slots.unsqueeze(2), True)
         self.mask = torch.where(self.visible, 0.0, float("-inf"))
-        last = torch.arange(1, seen.size(1) + 1, device=seen.device) * seen.scatter(1, slots, True)
-        self.used = last.amax(dim=1).tolist()
+        self.used = [n + beams for n in self.used] if self.bounded else self._read_used()
         self.positions = self.positions + 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -67,8 +78,9 @@ class DecodeCache:
         are (B, K, H, D)."""
         keys, values = self.layers[layer]
         keys[self.new], values[self.new] = key, value
+        self.mask = self.mask.to(query.dtype)  # once for all layers
         width = _whole_vectors(max(self.used))
-        if width <= SUMMED_IN_ONE or query.is_cuda:
+        if width <= SUMMED_IN_ONE or self.bounded:
             return _attend(query, keys, values, self.mask, width)
         alone = [slice(context, context + 1) for context in range(len(self.used))]
         return torch.cat(
@@ -89,6 +101,18 @@ class DecodeCache:
         self.positions, self.visible = self.positions[contexts], self.visible[contexts]
         self.layers = [(keys[contexts], values[contexts]) for keys, values in self.layers]
 
+    def _read_used(self) -> list[int]:
+        """The slots of each context up to the last that a beam sees."""
+        numbers = torch.arange(1, self.visible.size(2) + 1, device=self.visible.device)
+        return (numbers * self.visible.any(dim=1)).amax(dim=1).tolist()
+
+    def _make_room(self, beams: int) -> None:
+        """Make room for the next tokens of this many beams, unless more is free than was known."""
+        if self.bounded:
+            self.used = self._read_used()
+        if max(self.used) + self.STEPS_OF_ROOM // 2 * beams > self.visible.size(2):
+            self._grow(self.STEPS_OF_ROOM * beams)
+
     def _grow(self, slots: int) -> None:
         """Make room for at least as many slots more, in whole vectors."""
         more = _whole_vectors(self.visible.size(2) + slots) - self.visible.size(2)
@@ -107,7 +131,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, slots: in
         query.transpose(1, 2),
         keys[:, :slots].transpose(1, 2),
         values[:, :slots].transpose(1, 2),
-        mask[:, None, :, :slots].to(query.dtype),
+        mask[:, None, :, :slots],
     )
     return mixed.transpose(1, 2)
 

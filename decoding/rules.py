@@ -45,7 +45,8 @@ class TextRules:
             old, penalty = scores.gather(2, seen), self.repetition_penalty
             scores.scatter_(2, seen, torch.where(old < 0, old * penalty, old / penalty))
         if generated < self.min_length:
-            scores[..., list(self.end_ids)] = NEVER
+            for end in self.end_ids:
+                scores[..., end].fill_(NEVER)
         if 0 < self.no_repeat_ngram_size <= history.size(2):
             ban_repeated_ngrams(scores, history, self.no_repeat_ngram_size)
         return scores
@@ -57,5 +58,6 @@ def ban_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> None:
     ngrams = history.unfold(2, size, 1)  # (B, K, T - size + 1, size)
     started = history[..., history.size(2) - size + 1 :].unsqueeze(2)
     repeats = (ngrams[..., :-1] == started).all(-1) & (ngrams[..., -1] >= 0)
-    context, beam, place = repeats.nonzero(as_tuple=True)
-    scores[context, beam, ngrams[context, beam, place, -1]] = NEVER
+    # The smaller of a score and this; where the repeats are, a GPU would have to be asked.
+    bounds = torch.where(repeats, NEVER, -NEVER).to(scores.dtype)
+    scores.scatter_reduce_(2, ngrams[..., -1].clamp(min=0), bounds, "amin")

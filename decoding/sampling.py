@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from decoding.beam_search import Hypothesis
-from decoding.cache import CachedModel, batches_by_length, prefill
+from decoding.cache import CachedModel, batches_by_length, prefill, without_plans
 from decoding.rules import NEVER, TextRules
 
 
@@ -75,6 +75,7 @@ Stream = np.random.Generator
 
 
 @torch.inference_mode()
+@without_plans
 def sample(
     model: CachedModel,
     prompts: Sequence[Tensor],

@@ -3,8 +3,9 @@
 import json
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,10 @@ from decoding.beam_search import (
     largest,
 )
 from decoding.cache import SUMMED_IN_ONE, VECTOR, DecodeCache
+from decoding.generate import complete
 from decoding.packed import pack
 from decoding.rules import ban_repeated_ngrams
+from decoding.sampling import SamplingSettings
 from model import GPT2Config, GPT2LMModel
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
@@ -399,6 +402,10 @@ def small_gpt2(vocabulary: int = 97, seed: int = 0) -> GPT2LMModel:
     return model.eval()
 
 
+def to_tuple(key: object) -> tuple:
+    return key if isinstance(key, tuple) else (key,)
+
+
 def ragged_prompts(count: int, vocabulary: int = 97, seed: int = 0) -> list[Tensor]:
     draw = random.Random(seed)
     return [
@@ -407,11 +414,20 @@ def ragged_prompts(count: int, vocabulary: int = 97, seed: int = 0) -> list[Tens
     ]
 
 
+@pytest.fixture
+def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that know bounds of what they use, as on a GPU."""
+    monkeypatch.setattr(DecodeCache, "bounded", True)
+
+
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cache_of", ["cpu", "gpu"])
 @torch.inference_mode()
 def test_cached_steps_give_the_logits_of_whole_texts_through_reordering_and_leaving(
-    packed: bool,
+    packed: bool, cache_of: str, request: pytest.FixtureRequest
 ) -> None:
+    if cache_of == "gpu":
+        request.getfixturevalue("bounded")
     model, beams, draw = small_gpt2(), 3, torch.Generator().manual_seed(0)
     prompts = ragged_prompts(4)
     texts = [[prompt] * beams for prompt in prompts]
@@ -451,6 +467,87 @@ def test_the_cache_keeps_only_what_some_beam_still_sees() -> None:
     assert cache.used[0] <= 6 + 50 + beams
     room = cache.STEPS_OF_ROOM * beams + VECTOR
     assert cache.layers[0][0].size(1) < 6 + 50 + room
+
+
+@pytest.mark.usefixtures("bounded")
+def test_a_cache_that_knows_bounds_alone_takes_little_more_room() -> None:
+    model, beams = small_gpt2(), 4
+    with torch.inference_mode():
+        cache = DecodeCache([6])
+        model.prefill([torch.ones(6, dtype=torch.int64)], cache)
+        for _ in range(51):
+            cache.reorder(torch.zeros(1, beams, dtype=torch.int64))
+            model.decode_step(torch.ones(1, beams, dtype=torch.int64), cache)
+    assert cache.layers[0][0].size(1) < 6 + 50 + 2 * cache.STEPS_OF_ROOM * beams
+
+
+@pytest.mark.parametrize("settings", [SearchSettings(eval_len=2), SamplingSettings(eval_len=2)])
+def test_decoding_leaves_out_the_attention_that_plans_each_length_and_puts_it_back(
+    settings: SearchSettings | SamplingSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = small_gpt2(), []
+    real = model.decode_step
+
+    def decode_step(*inputs: object) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*inputs)
+
+    monkeypatch.setattr(model, "decode_step", decode_step)
+    for _ in range(2):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        complete(model, ragged_prompts(2), replace(settings, end_ids=(3,)))
+    assert seen and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+READS = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "cpu", "nonzero")
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("search", ["original", "hf"])
+def test_a_token_takes_one_answer_of_the_device(
+    search: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And now and then another, of how much of the cache is in use."""
+    reads: list[str] = []
+
+    def counted(name: str) -> Callable:
+        real = getattr(Tensor, name)
+        return lambda self, *rest, **named: (reads.append(name), real(self, *rest, **named))[1]
+
+    def getitem(self: Tensor, key: object) -> Tensor:
+        if any(getattr(part, "dtype", None) == torch.bool for part in to_tuple(key)):
+            reads.append("a boolean index")
+        return real_getitem(self, key)
+
+    def setitem(self: Tensor, key: object, value: object) -> None:
+        if not isinstance(value, Tensor):
+            reads.append("a number sent")
+        real_setitem(self, key, value)
+
+    real_getitem, real_setitem = Tensor.__getitem__, Tensor.__setitem__
+    beam = import_module("decoding.beam_search")  # the package's name for it is the function
+    real_largest, model, length = beam._first_largest, small_gpt2(), 40
+
+    def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        before = len(reads)  # where it asks a CPU, it does not ask a GPU
+        found = real_largest(values, count)
+        del reads[before:]
+        return found
+
+    monkeypatch.setattr(beam, "_first_largest", largest)
+    for name in READS:
+        monkeypatch.setattr(Tensor, name, counted(name))
+    monkeypatch.setattr(Tensor, "__getitem__", getitem)
+    monkeypatch.setattr(Tensor, "__setitem__", setitem)
+    counts = []
+    for eval_len in (length // 2, length):
+        reads.clear()
+        chosen = SearchSettings(
+            beam=4, eval_len=eval_len, min_length=eval_len, end_ids=(3, 5), search=search
+        )
+        beam_search(model, ragged_prompts(3), chosen, 3)
+        counts.append(len(reads))
+    assert counts[1] - counts[0] <= 1.25 * (length // 2), reads
 
 
 @pytest.mark.parametrize("longest", [19, 3 * SUMMED_IN_ONE])

@@ -1,6 +1,7 @@
 """What only a GPU can show. Run these first on a machine that has one."""
 
 import json
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ import gpt2_ft
 import gpu
 from common import packed_attention
 from common.batch import Spans
+from decoding.beam_search import SearchSettings, beam_search
 from decoding.cache import DecodeCache
 from model import Attention, GPT2Config, GPT2LMModel
 from training import graphs
@@ -142,3 +144,21 @@ def test_logits_and_steps_of_decoding_on_a_gpu_are_those_of_a_cpu() -> None:
             found.append((logits.cpu(), model.decode_step(tokens.to(device), cache).cpu()))
     for cpu, cuda in zip(*found, strict=True):
         torch.testing.assert_close(cuda, cpu, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("search", ["original", "hf"])
+def test_decoding_a_token_waits_for_the_gpu_once(search: str) -> None:
+    """And now and then to see how much of the cache is in use."""
+    torch.manual_seed(0)
+    model = GPT2LMModel(GPT2Config(vocab_size=4096, n_embd=32, n_layer=2, n_head=4)).cuda().eval()
+    prompts = [torch.randint(4096, (n,), device="cuda") for n in (9, 4, 7)]
+    counts = []
+    for length in (20, 20, 40):  # libraries start in the first
+        rules = {"beam": 4, "eval_len": length, "min_length": length, "end_ids": (3, 5)}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            beam_search(model, prompts, SearchSettings(search=search, **rules))
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("called a synchronizing" in str(own.message) for own in caught))
+    assert 20 <= counts[2] - counts[1] <= 27

@@ -1,7 +1,8 @@
 """How far a score would move with other test items (Koehn 2004), as sacreBLEU computes it.
 
 Items are drawn with replacement, the same ones for both systems of a pair. Seed, interval and
-p-value are those of `sacrebleu.significance`, so BLEU gets the numbers that sacreBLEU prints.
+p-value are those of `sacrebleu.significance`, so BLEU gets the numbers that sacreBLEU prints,
+the p-value of equal scores excepted.
 """
 
 import numpy as np
@@ -29,7 +30,13 @@ def interval(scores: np.ndarray) -> dict[str, float]:
 
 def p_value(ours: np.ndarray, theirs: np.ndarray, difference: float) -> float:
     """How often resampled scores differ by more than `difference` if the two systems are equally
-    good: their differences less the mean difference stand for what chance alone does."""
+    good: their differences less the mean difference stand for what chance alone does.
+
+    Equal scores give 1, where sacreBLEU gives a system that is compared with itself the smallest
+    p-value there is.
+    """
+    if difference == 0:
+        return 1.0
     differences = np.abs(ours - theirs)
     larger = int((differences - differences.mean() > abs(difference)).sum())
     return (larger + 1) / (len(differences) + 1)

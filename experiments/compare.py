@@ -172,7 +172,7 @@ def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
         first, second = pooled(of_runs[: len(ours)]), pooled(of_runs[len(ours) :])
         change = second.score() - first.score()
         samples = [bootstrap.resampled_scores(each, SAMPLES) for each in (first, second)]
-        p = bootstrap.p_value(samples[0], samples[1], change) if change else 1.0
+        p = bootstrap.p_value(samples[0], samples[1], change)
         scores[name] = {"difference": round(change, 4), "p": round(p, 4)}
     return {"items": len(items), "scores": scores}
 

@@ -255,7 +255,7 @@ def test_p_values_equal_sacrebleus_paired_bootstrap():
 
 def test_a_system_against_itself_is_not_significant():
     scores = bootstrap.resampled_scores(mean_of([0.1, 0.5, 0.9]), 50)
-    assert bootstrap.p_value(scores, scores, 0.0) == pytest.approx(1 / 51)
+    assert bootstrap.p_value(scores, scores, 0.0) == 1
 
 
 def test_slot_errors_and_coverage_need_contexts():

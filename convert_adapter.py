@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output)
     written = WRITERS[args.to](replace(adapter, base_name=args.base_name), output)
     name = args.push_to_hub or output.name
-    text = card.model_card(adapter.header, args.to, name, origin)
+    text = card.model_card(adapter.header, args.to, name, origin, args.base_name)
     card_path = write_card(output, text)
     rank = f", r {adapter.header.lora.r}" if adapter.header.lora else ""
     source = args.adapter or f"The mean of {len(args.average)} adapters"

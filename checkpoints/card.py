@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoints import hub
 from checkpoints.header import AdapterHeader
 from common.errors import InputError
 
@@ -87,24 +88,34 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def model_card(header: AdapterHeader, form: str, name: str, origin: Origin) -> str:
-    """The card, in Markdown, of an export called `name` in the format `form` of --to."""
+def model_card(
+    header: AdapterHeader, form: str, name: str, origin: Origin, base_name: str | None = None
+) -> str:
+    """The card, in Markdown, of an export called `name` in the format `form` of --to.
+
+    Others find the base by `base_name`, or by its name on the hub; any other base is one of this
+    machine, for which the card's commands have a word that stands for it.
+    """
+    if base_name is None and hub.published_name(header.base.name or ""):
+        base_name = header.base.name
     sections = [
-        _metadata(header, form, name, origin.result),
+        _metadata(base_name, header, form, name, origin.result),
         f"# {name}",
         _summary(header, form),
         _scores(origin.result),
-        f"## How to use it\n\n{PROMPT}\n\n{_loading(header, form, name)}",
+        f"## How to use it\n\n{PROMPT}\n\n{_loading(base_name, header, form, name)}",
         _training(header, origin),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _metadata(header: AdapterHeader, form: str, name: str, result: Mapping[str, Any]) -> str:
+def _metadata(
+    base_name: str | None, header: AdapterHeader, form: str, name: str, result: Mapping[str, Any]
+) -> str:
     """The front matter, YAML whose scalars are JSON strings, so that any name is safe in it."""
     lines = ["---"]
-    if header.base.name:
-        lines += [f"base_model: {json.dumps(header.base.name)}"]
+    if base_name:
+        lines += [f"base_model: {json.dumps(base_name)}"]
         relation = "finetune" if form == "merged" else "adapter"
         lines += [f"base_model_relation: {relation}"]
     if form in ("peft", "merged"):
@@ -167,9 +178,9 @@ def _scores(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _loading(header: AdapterHeader, form: str, name: str) -> str:
+def _loading(base_name: str | None, header: AdapterHeader, form: str, name: str) -> str:
     """How to load this format here and, where they can, in PEFT and transformers."""
-    base, local = header.base.name or "BASE", shlex.quote(name.rpartition("/")[2])
+    base, local = base_name or "BASE", shlex.quote(name.rpartition("/")[2])
     ours = f"python gpt2_beam.py --init_checkpoint {shlex.quote(base)} --vocab VOCAB --data FILE"
     blocks = [_fenced("bash", f"{ours} --adapter {local}")]
     if form == "merged":
@@ -202,6 +213,8 @@ def _loading(header: AdapterHeader, form: str, name: str) -> str:
             "For PEFT and transformers convert it: `python convert_adapter.py --adapter "
             f"{local} --to peft`{'' if header.prefix else ' or `--to merged`'}."
         ]
+    if not base_name and form != "merged":
+        blocks += ["`BASE` stands for the folder of the base that is named above."]
     return "\n\n".join(blocks)
 
 

@@ -60,9 +60,18 @@ def test_a_card_has_the_hubs_metadata_scores_with_intervals_and_the_prompt_form(
 def test_a_card_leaves_out_what_is_not_known_and_any_name_is_safe_in_it() -> None:
     name = 'a: "b" # c\u2028'
     bare = AdapterHeader(None, Base(name), method="full")
-    text = model_card(bare, "merged", "mine", Origin())
+    text = model_card(bare, "merged", "mine", Origin(), base_name=name)
     assert metadata(text)["base_model"] == name
     assert "## Scores" not in text and "## Training" not in text and "None" not in text
+
+
+def test_a_base_of_this_machine_alone_is_no_base_on_the_hub() -> None:
+    local = AdapterHeader(LoraConfig(), Base("nano", "cd" * 32))
+    text = model_card(local, "peft", "mine", Origin())
+    assert "base_model" not in metadata(text) and "A LoRA adapter of `nano`" in text
+    assert "GPT2LMHeadModel.from_pretrained('BASE')" in text and "`BASE` stands for" in text
+    named = model_card(local, "peft", "mine", Origin(), base_name="me/nano")
+    assert metadata(named)["base_model"] == "me/nano" and "BASE" not in named
 
 
 def test_scores_come_only_from_a_result_of_scoring(tmp_path: Path) -> None:

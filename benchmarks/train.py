@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import common
+from common.errors import Parser
 from common.errors import run as run_program
 from data_utils import EpochSampler, FT_Dataset
 
@@ -33,7 +34,7 @@ ORIGINAL_OVER_PEFT = 10.2
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--size", choices=common.SIZES, default="sm", help="default: %(default)s")
     add("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all")

@@ -1,6 +1,8 @@
 """What the user can mend: one sentence on stderr and exit code 2, never a traceback."""
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,7 +19,13 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with an argument as every other mistake is said, in one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists every flag")
+        raise InputError(f"{message}{self._flag_meant(message)}; --help lists every flag")
+
+    def _flag_meant(self, message: str) -> str:
+        """The flag that argparse's message about an unknown one was probably meant to be."""
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        close = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+        return f" (did you mean {close[0]}?)" if close else ""
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Container, Iterator
 from pathlib import Path
 
-from common.errors import InputError, run
+from common.errors import InputError, Parser, run
 from common.files import check_output
 from data.convert_e2e import context_of, csv_records, e2e_rows
 from data.rows import Row, read_text, write_jsonl
@@ -56,9 +56,7 @@ def agreement(path: str) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("src", help="raw E2E file, plain or .gz")
     add("dst", help="JSONL file to write")

@@ -6,13 +6,12 @@ and valid.jsonl of the other domains (made anew where they are needed). Rows are
 rows, one for each reference, and stands in one file only. The same seed gives the same bytes.
 """
 
-import argparse
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
-from common.errors import run
+from common.errors import Parser, run
 from data.domains import BASE, POOLS, RESTAURANTS, Domain
 from data.rows import Row, write_jsonl
 
@@ -121,7 +120,7 @@ def generate(sample: Path, base: Path, seed: int = 1) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--sample", type=Path, default=root / "data/sample")
     parser.add_argument("--base", type=Path, default=root / "runs/nano/text")

@@ -6,12 +6,11 @@ training text was laid out: `context <end> completion <end> context <end> …`. 
 all tokens (`--obj jlm`). Deterministic.
 """
 
-import argparse
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import run
+from common.errors import Parser, run
 from data.encoding import read_rows
 from data.rows import Row, write_jsonl
 from data.vocabulary import load_tokenizer
@@ -42,7 +41,7 @@ def row_of(ids: list[int]) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab", required=True, help="folder of the vocabulary")

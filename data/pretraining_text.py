@@ -13,7 +13,6 @@ What equals a text or an input of E2E but for case and punctuation is left out. 
 from DATA_DIR, or are downloaded into data_raw by commit and checksum (data/downloads.json).
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -21,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import InputError, run
+from common.errors import InputError, Parser, run
 from data.convert_dart import dart_rows
 from data.convert_e2e import e2e_rows
 from data.download import MANIFEST, fetch
@@ -250,7 +249,7 @@ def source_rows() -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="OUT")
     folder = parser.parse_args().folder
     e2e = [row for _, path in raw_files("e2e", E2E_FILES) for row in e2e_rows(str(path))]

@@ -1,12 +1,11 @@
 """Reading raw data files, plain or gzipped, and writing JSON lines: shared by the converters."""
 
-import argparse
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, Parser
 from common.files import check_output, replacing
 from common.json_text import JSONFault, parse_json
 from common.text_files import TextFile
@@ -39,7 +38,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:
 
 def convert_main(rows_of: Callable[[str], Iterable[Row]], description: str) -> None:
     """The command line of a converter: SRC DST, one line saying what was written."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("src", help="raw file, plain or .gz")
     parser.add_argument("dst", help="JSONL file to write")
     args = parser.parse_args()

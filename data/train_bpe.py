@@ -4,14 +4,13 @@ A byte-level BPE, in the files of GPT-2's vocabulary (vocab.json, merges.txt),
 trained on the text of a base. `<|endoftext|>` has the last id, as in GPT-2. Deterministic.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from common.errors import InputError, run
+from common.errors import InputError, Parser, run
 from common.files import read_json_lines, replacing
 
 ENTRIES = 2048
@@ -49,7 +48,7 @@ def write_vocabulary(folder: Path, vocab: dict[str, int], merges: list[str]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("text", nargs="?", default=ROOT / "runs/nano/text/train.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "data/nano")
     parser.add_argument("--entries", type=int, default=ENTRIES)

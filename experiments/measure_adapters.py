@@ -20,6 +20,7 @@ import checkpoints
 import convert_adapter
 import loralib as lora
 from checkpoints.export import complete
+from common.errors import Parser, run
 from model import GPT2LMModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +155,7 @@ def show(head: list[str], rows: list[list[str]]) -> None:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -174,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import checkpoints
 import loralib as lora
+from common.errors import Parser, run
 from data_utils import FT_Dataset, Item, load_tokenizer
 from methods import Bottleneck, BottleneckConfig, PrefixConfig, train_added, train_only
 from model import GPT2Config, GPT2LMModel
@@ -181,6 +182,7 @@ def differences(
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     base, tokenizer = checkpoints.read_base(BASE), load_tokenizer(BASE.parent)
     rows = FT_Dataset(SAMPLE, 128, tokenizer=tokenizer, vocab_size=base.vocab_size)
     batches = [padded([rows[4 * step + i] for i in range(4)]) for step in range(20)]
@@ -197,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,7 +7,6 @@ rest of a page is left alone. With `--check` nothing is written, and what differ
 named. Figures need matplotlib (requirements-dev.txt).
 """
 
-import argparse
 import itertools
 import json
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import tables as benchmarks
 from benchmarks.tables import grid
-from common.errors import run
+from common.errors import Parser, run
 from common.files import replacing
 from experiments import chinese, figures
 from experiments.compare import SCORES, Group, mean_sd
@@ -224,7 +223,7 @@ def differing(tables: dict[str, str], drawn: dict[Path, list[Group]]) -> list[Pa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, name what differs")
     args = parser.parse_args()
     tables, drawn = make_tables(), make_figures()

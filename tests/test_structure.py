@@ -132,6 +132,17 @@ def test_functions_are_short_and_public_ones_are_typed(path: Path) -> None:
         assert (untyped, function.returns is None) == ([], False), function.name
 
 
+def test_every_program_that_a_user_starts_answers_help() -> None:
+    started_by_others = {
+        "benchmarks.decode_peers", "benchmarks.end_to_end_peer", "benchmarks.sft_peers",
+        "experiments.slurm",
+    }  # fmt: skip
+    parses = re.compile(r"parse_args|convert_main")
+    assert {n for n in PROGRAMS if not parses.search(MODULES[n].read_text("utf-8"))} == (
+        started_by_others
+    )
+
+
 def test_every_module_is_seen() -> None:
     assert len(SOURCES) > 40 and ROOT / "gpt2_ft.py" in SOURCES
 

@@ -78,8 +78,12 @@ def add_optimizer_params(parser: argparse.ArgumentParser) -> None:
         help="Adam's bias is corrected, which is the default.",
     )
     add("--no_correct_bias", dest="correct_bias", action="store_false", help="It is not corrected.")
-    add("--i_steps", default="0", help="For cycle: comma-separated steps, from 0 up.")
-    add("--i_lrs", default="0.00025", help="For cycle: the learning rate at each of --i_steps.")
+    add("--i_steps", default="0", help="For cycle: comma-separated steps, from 0 up. Default: 0.")
+    add(
+        "--i_lrs",
+        default="0.00025",
+        help="For cycle: the rate at each of --i_steps. Default: 0.00025.",
+    )
 
 
 class AdamW(Optimizer):

@@ -89,7 +89,9 @@ def _adapter_of_run(run: Path, which: str) -> FoundAdapter:
     if not steps:
         raise InputError(f"--adapter {run} holds no model.STEP.safetensors; is it a run's folder?")
     if which.isdigit() and int(which) not in steps:
-        raise InputError(f"--adapter {run}:{which}: saved are the steps {_listed(steps)}")
+        raise InputError(
+            f"--adapter {run}:{which}: step {which} was not saved; give one of {_listed(steps)}"
+        )
     step = int(which) if which.isdigit() else steps[-1]
     reason = f"step {step}" if which.isdigit() else f"the last, step {step}"
     return FoundAdapter(run / f"model.{step}.safetensors", reason)

@@ -89,6 +89,11 @@ def vocabulary_files(folder: str | Path) -> tuple[Path, ...]:
             paths = tuple(Path(folder) / name for name in names)
             if all(path.is_file() for path in paths):
                 return paths
+        if not Path(folder).exists():
+            raise InputError(
+                f"--vocab {folder} does not exist; give the folder of the base's vocabulary "
+                "(scripts/download_vocab.sh fetches GPT-2's into vocab)"
+            )
     except OSError as error:
         raise InputError(f"--vocab {folder} cannot be read: {error.strerror}") from error
     raise InputError(

@@ -33,9 +33,9 @@ def tasks_of_rows(rows: Rows, adapters: Mapping[Task, object]) -> list[Task]:
     for number, task in enumerate(tasks):
         if not isinstance(task, str | None) or task not in adapters:
             names = ", ".join(filter(None, adapters))
+            given = "task is missing; give one" if task == "" else f"task {task!r:.40} is none"
             raise rows.error(
-                number,
-                f"task {task!r:.40} is none of the adapters ({names}) nor null, the base alone",
+                number, f"{given} of the adapters ({names}), or null for the base alone"
             )
     return tasks
 

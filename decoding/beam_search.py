@@ -57,7 +57,8 @@ class SearchSettings(TextRules):
         """Raise ValueError unless there are beams for this many texts."""
         if not 1 <= num_return_sequences <= self.beam:
             raise ValueError(
-                f"num_return_sequences {num_return_sequences} must be from 1 to beam {self.beam}"
+                f"num_return_sequences {num_return_sequences} must be from 1 to {self.beam}, the "
+                "number of beams"
             )
 
 

@@ -42,8 +42,8 @@ class SamplingSettings(TextRules):
         super().__post_init__()
         if self.temperature == 0:
             raise ValueError(
-                "temperature 0 leaves nothing to draw: for the likeliest token each time give "
-                "beam 1 without do_sample"
+                "temperature 0 leaves nothing to draw; beam 1 without do_sample takes the "
+                "likeliest token each time"
             )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature {self.temperature} must be above 0, and finite")

@@ -222,7 +222,7 @@ def test_a_runs_folder_means_its_best_adapter_or_without_validation_its_last(
     for which in ("best", "10", "9"):
         assert checkpoints.find_adapter(f"{tmp_path}:{which}").path.name.split(".")[1] == which
     assert checkpoints.find_adapter(f"{tmp_path}:last").path.name == "model.10.safetensors"
-    with pytest.raises(InputError, match=":8: saved are the steps 9, 10"):
+    with pytest.raises(InputError, match=":8: step 8 was not saved; give one of 9, 10"):
         checkpoints.find_adapter(f"{tmp_path}:8")
 
 

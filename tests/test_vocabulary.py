@@ -158,9 +158,14 @@ def test_a_vocabulary_that_cannot_be_used_is_refused(kind: str, tmp_path: Path) 
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds neither vocab.json"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["absent", "x" * 300])
-def test_a_folder_without_a_vocabulary_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds neither vocab.json|cannot be read: File name too"):
+def test_a_folder_of_a_vocabulary_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist|cannot be read: File name too"):
         load_tokenizer(tmp_path / name)
 
 

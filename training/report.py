@@ -47,11 +47,17 @@ def print_sizes(
     maker = f" (they make the {saved:,} that are saved)" if saved < trained else ""
     print(
         f"{card}: {trained:,} trainable parameters of {total:,}{maker}, "
-        f"{runtime.precision} on {runtime.device}, {runtime.world_size} process(es); {rows:,} "
-        f"rows in steps of {plan.global_batch}, {plan.steps_per_epoch:,} steps an epoch, "
+        f"{runtime.precision} on {runtime.device}, {_count(runtime.world_size, 'process')}; "
+        f"{_count(rows, 'row')} in steps of {plan.global_batch}, "
+        f"{_count(plan.steps_per_epoch, 'step')} an epoch, "
         f"{plan.max_step:,} in all, {plan.warmup_step:,} of them warm-up; into "
         f"{work_dir or 'the next runs/NNN'}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural}"
 
 
 def print_published(model: GPT2LMModel, method: str) -> None:

@@ -1,5 +1,5 @@
-"""What transformers' config.json says of a GPT-2 beyond the shapes of its weights: taken over where
-this model can be it, refused by name where it cannot."""
+"""transformers' config.json: what it says of a GPT-2 beyond the shapes of its weights is taken over
+where this model can be it, and refused by name where it cannot; a model made here gets one."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.json_text import JSONFault, parse_json
 from common.text_files import TextFile
+from model import GPT2Config
 
 # Settings that would make another model of equal weights, and the values that this model has.
 FIXED: dict[str, tuple[object, ...]] = {
@@ -67,6 +68,29 @@ def _faults(
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         yield "layer_norm_epsilon", "which is not between 0 and 1"
+
+
+def transformers_config(
+    config: GPT2Config, end_of_text: int | None, tied: bool = True
+) -> dict[str, Any]:
+    """Return the config.json by which transformers loads this model, in fp32; `tied` says that the
+    head is the embedding."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_positions,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "initializer_range": config.initializer_range,
+        "activation_function": "gelu_new",
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "tie_word_embeddings": tied,
+        "dtype": "float32",
+    }
 
 
 def sizes_of(state: Mapping[str, Tensor]) -> dict[str, int]:

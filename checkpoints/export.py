@@ -18,6 +18,7 @@ import loralib as lora
 from checkpoints import hub, peft, peft_prefix
 from checkpoints.adapter import PEFT_FILES, assemble, check_vocabulary, read_adapter, save_adapter
 from checkpoints.base import BASE_FILES, BaseWeights, card_of
+from checkpoints.config import transformers_config
 from checkpoints.header import AdapterHeader, Base
 from common.errors import InputError
 from common.files import replacing, write_json
@@ -192,23 +193,8 @@ def write_merged(adapter: LoadedAdapter, folder: Path) -> list[Path]:
         end_of_text = known[0]
     state = merged_weights(adapter.model)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
-    settings = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.n_positions,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "initializer_range": config.initializer_range,
-        "activation_function": "gelu_new",
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "tie_word_embeddings": "lm_head.weight" not in state,
-        "dtype": "float32",
-    }
-    write_json(folder / "config.json", settings)
+    tied = "lm_head.weight" not in state
+    write_json(folder / "config.json", transformers_config(config, end_of_text, tied))
     written = [folder / "config.json", folder / "model.safetensors"]
     if adapter.vocab:
         print("Prompt the merged model with context + <|endoftext|>, the form it was trained on")

@@ -22,9 +22,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from checkpoints import find_adapter, read_tensors
+from checkpoints import find_adapter, model_config, read_base, read_tensors
+from checkpoints.config import transformers_config
 from common.errors import InputError, Parser, run
-from common.files import replacing
+from common.files import replacing, write_json
+from data_utils import END_OF_TEXT, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = {
@@ -79,6 +81,13 @@ def export(source: Path, target: Path) -> None:
         file.write(safetensors.torch.save(weights, {"format": "pt"}))
 
 
+def write_config(folder: Path) -> None:
+    """Write the config.json by which transformers and PEFT load the base in a folder."""
+    config = model_config(None, read_base(folder))
+    end_of_text = load_tokenizer(folder).token_to_id(END_OF_TEXT)
+    write_json(folder / "config.json", transformers_config(config, end_of_text))
+
+
 def commands(name: str, folder: Path, work: Path, max_step: int | None) -> list[list[str]]:
     """What to run, in order: text, vocabulary, packing where the base has it, training.
 
@@ -126,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             return done.returncode
     target = folder / "model.safetensors"
     export(find_adapter(f"{work / 'train'}:last").path, target)
+    write_config(folder)
     print(target)
     return 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import FUZZ, TINY_CARD, Tiny, random_base
+from conftest import FUZZ, ROOT, TINY_CARD, Tiny, random_base
 from test_adapter_header import mutated
 from torch import Tensor
 
@@ -20,6 +20,7 @@ import gpt2_ft
 import loralib as lora
 from checkpoints import AdapterHeader, Base
 from common.errors import InputError
+from data_utils import load_tokenizer
 from loralib import LoraConfig
 
 transformers = pytest.importorskip("transformers")
@@ -51,6 +52,16 @@ def test_heads_and_epsilon_of_a_folders_config_are_taken(tiny: Tiny) -> None:
         for path in (folder, folder / "model.safetensors"):
             model, _ = checkpoints.load(path)
             assert (model(IDS)[0] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["nano", "mini"])
+def test_transformers_loads_a_shipped_base_as_it_is(name: str) -> None:
+    folder, ids = ROOT / "data" / name, torch.arange(100, 140)[None]
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    ours, _ = checkpoints.load(folder)
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids)[0]).abs().max() < 1e-4
+    assert theirs.config.eos_token_id == load_tokenizer(folder).token_to_id("<|endoftext|>")
 
 
 def test_an_adapter_belongs_to_a_base_with_its_number_of_heads(tiny: Tiny) -> None:

@@ -1,5 +1,6 @@
 """The shipped mini base: its size, its weights in transformers, its recipe, and that it writes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,8 @@ def test_the_way_to_a_base_is_tried_in_few_steps_in_another_folder(
     model, tokenizer = checkpoints.load(tmp_path / "base")[0], load_tokenizer(tmp_path / "base")
     assert model.config.vocab_size == tokenizer.get_vocab_size() == 300
     assert generate(model, tokenizer, ["name : Pub 1"], beam=2, eval_len=4)
+    config = json.loads((tmp_path / "base" / "config.json").read_text(encoding="utf-8"))
+    assert (config["n_head"], config["vocab_size"]) == (model.config.n_head, 300)
 
 
 def test_a_part_that_fails_ends_the_making_of_a_base(

@@ -12,7 +12,7 @@ from checkpoints.adapter import (
     merge,
     parse_targets,
     read_adapter,
-    run_flags,
+    run_paths,
     save_adapter,
     share_weights,
 )
@@ -58,7 +58,7 @@ __all__ = [
     "read_base",
     "read_shapes",
     "read_tensors",
-    "run_flags",
+    "run_paths",
     "save_adapter",
     "share_weights",
 ]

@@ -128,18 +128,20 @@ def read_adapter(
     return header, tensors
 
 
-def run_flags(adapter: str | Path) -> dict[str, Any]:
-    """Return the flags of the training run that an adapter of a work_dir comes from, by its
-    run.json; empty where there is none."""
-    path, _ = find_adapter(adapter)
-    record = (path if path.is_dir() else path.parent) / "run.json"
+def run_paths(adapter: FoundAdapter) -> dict[str, str]:
+    """Return base and vocabulary, `init_checkpoint` and `vocab`, of the training run that an
+    adapter of a work_dir comes from, by its run.json; empty where there is none."""
+    record = (adapter.path if adapter.path.is_dir() else adapter.path.parent) / "run.json"
     try:
         flags = json.loads(record.read_text(encoding="utf-8"))["settings"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise InputError(f"{record} is no record of a run: {error}") from error
-    return flags if isinstance(flags, dict) else {}
+    if not isinstance(flags, dict):
+        return {}
+    known = {name: flags.get(name) for name in ("init_checkpoint", "vocab")}
+    return {name: path for name, path in known.items() if isinstance(path, str) and path != "none"}
 
 
 def _seal(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

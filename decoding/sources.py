@@ -71,7 +71,8 @@ def choose_sources(
         task: checkpoints.find_adapter(name) if name else None
         for task, name in name_adapters(adapter).items()
     }
-    run = next((flags for flags in map(_run_paths, adapters.values()) if flags), {})
+    runs = (checkpoints.run_paths(found) for found in adapters.values() if found)
+    run = next(filter(None, runs), {})
     sample = {} if data or init_checkpoint else sample_settings()
     base = init_checkpoint or run.get("init_checkpoint") or sample.get("init_checkpoint")
     data = "" if prompts else data or sample.get("test_data")
@@ -95,10 +96,3 @@ def name_adapters(given: Sequence[str] | None) -> dict[Task, str | None]:
             "--adapter is given more than once; each needs a name of its own: e2e=FILE"
         )
     return {None: None} | named
-
-
-def _run_paths(adapter: FoundAdapter | None) -> dict[str, str]:
-    """Return base and vocabulary of the training run that an adapter comes from, where known."""
-    flags = checkpoints.run_flags(adapter.path) if adapter else {}
-    known = {name: flags.get(name) for name in ("init_checkpoint", "vocab")}
-    return {name: path for name, path in known.items() if isinstance(path, str) and path != "none"}

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Tiny, finish, start
+from conftest import ROOT, Tiny, finish, start
 from huggingface_hub import ModelCard
+from transformers import GPT2LMHeadModel
 
 import checkpoints
 import convert_adapter
@@ -21,6 +22,7 @@ import gpt2_ft
 from checkpoints.card import Origin, model_card, read_origin
 from checkpoints.header import AdapterHeader, Base
 from common.errors import InputError
+from data_utils import load_tokenizer
 from loralib import LoraConfig
 
 RESULT = {
@@ -98,6 +100,27 @@ def test_every_export_writes_its_card(tiny: Tiny, run: Path, to: str, name: str)
     card = (output if to == "peft" else tiny.folder) / name
     text = card.read_text(encoding="utf-8")
     assert "rank 2, alpha 8" in text and torch.__version__ in text
+
+
+def test_a_run_is_exported_with_the_base_and_vocabulary_that_it_was_trained_on(
+    tmp_path: Path,
+) -> None:
+    run, output, shipped = tmp_path / "run", tmp_path / "merged", ROOT / "data" / "nano"
+    gpt2_ft.main(["--max_step", "2", "--valid_samples", "0", "--work_dir", str(run)])
+    convert_adapter.main(["--adapter", str(run), "--to", "merged", "--output", str(output)])
+    assert load_tokenizer(output).get_vocab() == load_tokenizer(shipped).get_vocab()
+    theirs = GPT2LMHeadModel.from_pretrained(output).eval()
+    ours = checkpoints.load(shipped, run)[0].eval()
+    ids = torch.arange(100, 140)[None]
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids)[0]).abs().max() < 1e-5
+
+
+def test_an_adapter_apart_from_its_run_must_be_told_its_base(tiny: Tiny, run: Path) -> None:
+    alone = (run / "model.3.safetensors").rename(tiny.folder / "alone.safetensors")
+    argv = ["--adapter", str(alone), "--to", "merged", "--output", str(tiny.folder / "out")]
+    with pytest.raises(InputError, match="--init_checkpoint is missing"):
+        convert_adapter.main(argv)
 
 
 class HubHandler(BaseHTTPRequestHandler):

@@ -333,7 +333,8 @@ def test_each_rows_task_chooses_the_adapter_and_results_are_those_of_separate_ru
 
 
 @pytest.mark.parametrize(
-    "row, message", [({}, "line 2: task is missing"), ({"task": "x"}, "line 2: task 'x'.*e2e, webnlg")]
+    "row, message",
+    [({}, "line 2: task is missing"), ({"task": "x"}, "line 2: task 'x'.*e2e, webnlg")],
 )
 def test_rows_without_a_known_task_are_named(
     row: dict, message: str, tiny: Tiny, two_runs: dict[str, Path]

@@ -191,7 +191,7 @@ def speed(results: list[dict]) -> str:
         best = min(of_peers, key=lambda ratio: ratio["median"], default=faster.get("transformers"))
         peers = spread(best, 1, "×")
         if hf := faster.get("transformers, --search hf"):
-            peers += f"; by its own rules {spread(hf, 1, '×')}"
+            peers += f"; by transformers' rules {spread(hf, 1, '×')}"
         derived = [
             f"{spread(faster[name], 0, '×')} {what}".strip()
             for name, what in ORIGINALS.items()

@@ -17,7 +17,7 @@ WORDS = {
     "raw files to scores": "从原始文件到分数",
     "sample": "样例",
     "over the original (derived)": "相对于原代码 (推算)",
-    "by its own rules": "按其自身规则",
+    "by transformers' rules": "按 transformers 的规则",
     "per context (it takes one at a time)": "(每个上下文, 原代码一次处理一个)",
     "for the whole file": "(整个文件)",
     "of": "/",

@@ -46,7 +46,7 @@ LEFT_OUT = {
     "python -m experiments.soak --steps 2000 --kills 20": "tests/test_soak.py",
     "python -m data.make_base mini": "hours; tests/test_mini_base.py reads it",
     "python -m data.make_base mini --out /tmp/mini --max_step 20": "tests/test_mini_base.py",
-    "python convert_adapter.py --adapter runs/e2e --init_checkpoint gpt2-medium --to peft --output "
+    "python convert_adapter.py --adapter runs/e2e --to peft --output "
     "e2e-peft --scores scores.json --push_to_hub OWNER/NAME": "tests/test_hand_on.py",
     "python -m experiments.tables": "tests/test_tables.py",
     "python -m experiments.sweep --methods lora:r=4 full --max_step 50": "tests/test_sweep.py",
@@ -144,7 +144,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         as_table(rows, folder / "my" / "facts.csv", "facts", "text")
     shutil.copy(folder / "my" / "test.jsonl", folder / "test.jsonl")
     execute(folder, made_small("python gpt2_ft.py ... --log_interval 1"))
-    for name in ("001", "a", "b", "e2e", "mine"):
+    for name in ("quickstart/train", "a", "b", "e2e", "mine"):
         shutil.copytree(folder / "runs" / "new", folder / "runs" / name)
     shutil.rmtree(folder / "runs" / "new")
     to_peft = f"--to peft --adapter runs/e2e --init_checkpoint {NANO} --output e2e-peft"
@@ -254,7 +254,7 @@ def test_headings_that_pages_link_to_exist() -> None:
 
 OF_OTHERS = {
     "--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend",
-    "--rdzv_endpoint", "--logdir", "--no-index", "--find-links",
+    "--rdzv_endpoint", "--logdir", "--no-index", "--find-links", "--lora_dims",  # a mistake, shown
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_the_lines_of_both_readmes_run_and_are_at_most_six(
     english, translated = ([line.split("#")[0].rstrip() for line in b.splitlines()] for b in found)
     assert english == translated
     assert len([line for line in found[0].splitlines() if line]) <= 6
-    exec(found[0].replace("runs/001", str(run)), {})
+    exec(found[0].replace("runs/quickstart/train", str(run)), {})
     text, step = capsys.readouterr().out.strip().rsplit(" ", 1)
     assert len(text) > 10 and step == "3"
 
@@ -59,7 +59,7 @@ def test_the_blocks_of_the_python_page_run_in_their_order(
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block.replace("runs/001", str(run)), names)
+        exec(block.replace("runs/quickstart/train", str(run)), names)
     assert names["loss"].item() < 10 and 0 < names["scores"]["BLEU"] <= 1
     assert names["errors"][0].wrong == 1
     model, _ = checkpoints.load(NANO, "adapter.pt", lora_alpha=32)

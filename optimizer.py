@@ -144,8 +144,9 @@ class AdamW(Optimizer):
         grads = [p.grad for p in params if p.grad is not None]  # all of them, as `step` chose them
         m, v = [s["m"] for s in states], [s["v"] for s in states]
         if self.found_inf is not None:
+            skipped = self.found_inf > 0
             for gradient in grads:
-                gradient.masked_fill_(self.found_inf > 0, 0)
+                gradient.masked_fill_(skipped, 0)
         advance = self._advance_on_device if group["capturable"] else self._advance
         shrink_m, shrink_v, rates, shrink_p = advance(states, group)
         beta1, beta2 = group["betas"]

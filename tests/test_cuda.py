@@ -21,12 +21,14 @@ from training.setup import prepare
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOTHING ABOUT GPUS IS TESTED: there is no CUDA device"
 )
+CPU_LOSSES: dict[tuple[str, ...], list[float]] = {}  # by flags: every test has the same files
 SETTINGS = ("--lora_dropout=0", "--log_interval=1", "--max_step=6", "--valid_samples=0")
 
 
 def losses(nano: Tiny, work_dir: str, *flags: str) -> list[float]:
     """Of a run in a process of its own: what --deterministic sets is read once and stays."""
-    code, _, err = finish(start(["gpt2_ft.py", *nano.argv(work_dir), *SETTINGS, *flags]))
+    process = start(["gpt2_ft.py", *nano.argv(work_dir), *SETTINGS, *flags])
+    code, _, err = finish(process, timeout=300)  # a compilation may take most of it
     assert code == 0, err
     lines = (nano.folder / work_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
@@ -51,10 +53,11 @@ def losses(nano: Tiny, work_dir: str, *flags: str) -> list[float]:
 def test_losses_on_a_gpu_are_those_of_a_cpu(
     nano: Tiny, flags: tuple[str, ...], tolerance: float
 ) -> None:
-    own = [flag for flag in flags if flag.startswith("--optimizer")]
-    expected = losses(nano, "cpu", "--device=cpu", *own)
+    own = tuple(flag for flag in flags if flag.startswith("--optimizer"))
+    if own not in CPU_LOSSES:
+        CPU_LOSSES[own] = losses(nano, "cpu", "--device=cpu", *own)
     found = losses(nano, "gpu", "--device=cuda", *flags)
-    assert found == pytest.approx(expected, abs=tolerance)
+    assert found == pytest.approx(CPU_LOSSES[own], abs=tolerance)
 
 
 @pytest.fixture
@@ -90,7 +93,7 @@ def test_replayed_steps_are_those_that_are_not(
     precision: str, method: list[str], nano: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of one size, as they are filled up that far; dropout draws the same numbers."""
-    flags = [precision, "--device", "cuda", "--cuda_graphs", "--deterministic"]
+    flags = [precision, "--device", "cuda", "--cuda_graphs"]
     losses = []
     for most in (0, 128):
         monkeypatch.setattr(graphs, "MOST", most)

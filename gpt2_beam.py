@@ -278,12 +278,12 @@ def cut_contexts(
 
 
 def load_model(args: argparse.Namespace, runtime: Runtime, job: Job, task: Task) -> GPT2LMModel:
-    """Return the model of a task, merged once and, on a CPU in fp32, laid out for speed."""
+    """Return the model of a task, merged and prepared once for its precision."""
     adapter = job.adapters[task]
     model = checkpoints.assemble(
         job.base, adapter.header, adapter.tensors, adapter.source, **adapter_flags(args)
     ).to(runtime.device)
-    return pack(model) if runtime.precision == "fp32" else checkpoints.merge(model)
+    return pack(model, runtime.precision)
 
 
 def adapter_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from common.errors import InputError, Parser
 from common.errors import run as run_program
 from common.files import read_json_lines, write_json
 from decoding.beam_search import SearchSettings, beam_search
+from decoding.packed import pack
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 from training.run import Run
 from training.setup import prepare
@@ -220,12 +221,13 @@ def decode_cases(bench: Bench) -> Iterator[Case]:
     distinct = list(dict.fromkeys(tuple(r["context"]) for r in read_json_lines(bench.data)))
     latest = Latest()
 
-    def make_model(size: str) -> GPT2LMModel:
+    def make_model(size: str, precision: str) -> GPT2LMModel:
         torch.manual_seed(0)
-        return GPT2LMModel(GPT2Config(**bench.shape(size))).to(bench.device).eval()
+        model = GPT2LMModel(GPT2Config(**bench.shape(size))).to(bench.device).eval()
+        return pack(model, precision)
 
     def ours(size: str, precision: str, contexts: list[list[int]]) -> Row:
-        model = latest.get(size, partial(make_model, size))
+        model = latest.get((size, precision), partial(make_model, size, precision))
         runtime = gpu.Runtime(bench.device, precision=precision)
         prompts = [torch.tensor(context, device=bench.device) for context in contexts]
         settings = SearchSettings(**rules)

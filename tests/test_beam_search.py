@@ -27,6 +27,7 @@ from decoding.generate import complete
 from decoding.packed import pack
 from decoding.rules import ban_repeated_ngrams
 from decoding.sampling import SamplingSettings
+from loralib import LoraConfig
 from model import GPT2Config, GPT2LMModel
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
@@ -412,6 +413,27 @@ def ragged_prompts(count: int, vocabulary: int = 97, seed: int = 0) -> list[Tens
         torch.tensor([draw.randrange(3, vocabulary) for _ in range(draw.randint(1, 19))])
         for _ in range(count)
     ]
+
+
+@torch.inference_mode()
+def test_weights_that_are_rounded_once_give_the_bits_of_those_rounded_for_each_token() -> None:
+    found, prompts = [], ragged_prompts(4)
+    lora = LoraConfig(2, 8, targets=("q", "v", "fc"))
+    for rounded_once in (False, True):
+        torch.manual_seed(0)
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        model = GPT2LMModel(GPT2Config(97, initializer_range=0.3, lora=lora, **shape)).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_()
+        model = pack(model, "bf16") if rounded_once else checkpoints.merge(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = DecodeCache([len(prompt) for prompt in prompts])
+            found.append([model.prefill(prompts, cache)])
+            for _ in range(3):
+                cache.reorder(torch.zeros(4, 2, dtype=torch.int64))
+                found[-1].append(model.decode_step(torch.ones(4, 2, dtype=torch.int64), cache))
+    assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ import gpt2_ft
 from checkpoints import read_adapter
 from common.errors import InputError
 from data_utils import load_tokenizer
-from decoding.packed import PackedLinear, lent_to_decoding
+from decoding.packed import PackedLinear, RoundedLinear, lent_to_decoding
 from eval import choice, evaluate, summary
+from loralib import LoRALayer
 from training import resume, scores, trackers
 
 NANO, SAMPLE = ROOT / "data" / "nano", ROOT / "data" / "sample"
@@ -149,9 +150,9 @@ def test_a_model_that_was_lent_to_decoding_is_what_it_was(
     before, values = described(), {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(Killed), lent_to_decoding(model, precision):
         assert not model.training
-        packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-        merged = [m for m in model.modules() if getattr(m, "merged", False)]
-        assert bool(packed) == (precision == "fp32") and bool(merged) != bool(packed)
+        packed = [type(m) for m in model.modules() if isinstance(m, PackedLinear | RoundedLinear)]
+        assert {*packed} == {PackedLinear if precision == "fp32" else RoundedLinear}
+        assert not [m for m in model.modules() if isinstance(m, LoRALayer)]
         raise Killed
     assert described() == before
     assert not [m for m in model.modules() if getattr(m, "merged", False)]

@@ -133,10 +133,22 @@ run_seed() { # SEED FOLDER
     --published ${published[@]+"${published[@]}"} -- "${results[@]}"
 }
 
+# Stops where a run is already, before its data are written anew.
+refuse_second_run() {
+  local name
+  [ -z "${RESUME:-}" ] || return 0
+  for name in ${SEEDS:-.}; do
+    [ "$name" = . ] || name=seed-$name
+    if [ -f "$work_dir/$name/train/run.json" ]; then
+      fail "WORK_DIR=$work_dir holds a run already; set RESUME=1 to resume it, or another WORK_DIR"
+    fi
+  done
+}
+
 run_pipeline() { # [--dry_run]
   local seed results=() dry_run=${1:-}
   if [ $# -gt 1 ] || [ "${dry_run:---dry_run}" != --dry_run ]; then
-    fail "$* is not --dry_run, the only argument; everything else is set by variables"
+    fail "$* is not --dry_run, the only argument; scripts/pipeline.sh lists the variables that set the rest"
   fi
   case ${SELECT:-last} in
     last | best) ;;
@@ -146,6 +158,7 @@ run_pipeline() { # [--dry_run]
     work_dir=$(mktemp -d)
     trap 'rm -rf "$work_dir"' EXIT
   fi
+  refuse_second_run
   choose_method
   # Validation at the ends of epochs alone, with the first of the settings that decode the test data.
   by_bleu=(--valid_metric bleu --valid_task "$task" --eval_interval 1000000000

@@ -318,6 +318,21 @@ def test_a_run_over_seeds_ends_with_results_and_their_mean(checkout: Path) -> No
     assert f"{statistics.stdev(chrf):.4f}" in again.stdout
 
 
+@pytest.mark.parametrize("seeds, folder", [("", "runs/e2e"), ("1 2", "runs/e2e/seed-2")])
+def test_a_run_that_is_there_is_resumed_only_when_asked_and_its_data_stay(
+    seeds: str, folder: str, checkout: Path
+) -> None:
+    run = checkout / folder / "train" / "run.json"
+    run.parent.mkdir(parents=True)
+    run.write_text("{}", encoding="utf-8")
+    done = run_script(checkout, "scripts/e2e.sh", MODEL="gpt2.nano", SEEDS=seeds)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: WORK_DIR=runs/e2e holds a run already; set RESUME=1 to resume it, or another "
+        "WORK_DIR\n"
+    )
+
+
 def test_the_best_epoch_by_bleu_is_decoded_beside_the_last(checkout: Path) -> None:
     if not (ROOT / "data/nano/model.safetensors").is_file():
         pytest.skip("data/nano/model.safetensors is not there: the shipped base is to be made")

@@ -1,4 +1,4 @@
-"""A vocabulary: `python -m data.train_bpe [TEXT.jsonl] [--out data/nano] [--entries 2048]`.
+"""A vocabulary: `python -m data.train_bpe TEXT.jsonl --out FOLDER [--entries 2048]`.
 
 A byte-level BPE, in the files of GPT-2's vocabulary (vocab.json, merges.txt),
 trained on the text of a base. `<|endoftext|>` has the last id, as in GPT-2. Deterministic.
@@ -15,14 +15,16 @@ from common.files import read_json_lines, replacing
 
 ENTRIES = 2048
 END = "<|endoftext|>"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def train_bpe(texts: Iterable[str], entries: int = ENTRIES) -> tuple[dict[str, int], list[str]]:
     """(vocabulary: token to id, merges: `left right` in order); every byte is a token.
 
-    Raises InputError where the texts have too few distinct words for that many entries.
+    Raises InputError where there are fewer entries than bytes and the end of text, or the texts
+    have too few distinct words for that many.
     """
+    if entries <= 256:
+        raise InputError(f"--entries {entries} must be at least 257: every byte, and {END}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -49,9 +51,9 @@ def write_vocabulary(folder: Path, vocab: dict[str, int], merges: list[str]) -> 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", nargs="?", default=ROOT / "runs/nano/text/train.jsonl")
-    parser.add_argument("--out", type=Path, default=ROOT / "data/nano")
-    parser.add_argument("--entries", type=int, default=ENTRIES)
+    parser.add_argument("text", help="JSONL of contexts and completions")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the vocabulary")
+    parser.add_argument("--entries", type=int, default=ENTRIES, help="default: %(default)s")
     args = parser.parse_args()
     texts = (f"{row['context']} {row['completion']}" for row in read_json_lines(args.text))
     write_vocabulary(args.out, *train_bpe(texts, args.entries))

@@ -81,10 +81,10 @@ def check_counts(items: list[Item], hypotheses: list[str], references: str, outp
         return
     if have < need:
         first = items[have].references[0]
-        what = f"items {have + 1} to {need} have none (the first should be like {first!r})"
+        what = f"from item {have + 1} on there is none (that item's reference is {first!r})"
     else:
         what = f"lines {need + 1} to {have} belong to no item (the first is {hypotheses[need]!r})"
-    raise InputError(f"{outputs} has {have} outputs, {references} has {need} items: {what}")
+    raise InputError(f"{outputs} has {have} lines, {references} has {need} items: {what}")
 
 
 def write_references(path: str | Path, items: list[Item], task: str) -> list[str]:

@@ -326,7 +326,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(InputError, match="r0 2, .*r1 1"):
         official.read_webnlg_references(str(tmp_path / "r"))
     items = [Item("", [text]) for text in ("one", "two", "three")]
-    with pytest.raises(InputError, match="items 2 to 3 have none .*'two'"):
+    with pytest.raises(InputError, match="from item 2 on there is none .*'two'"):
         official.check_counts(items, ["x"], "refs", "hyp")
     with pytest.raises(InputError, match="lines 4 to 5 belong to no item .*'w'"):
         official.check_counts(items, ["x", "y", "z", "w", "v"], "refs", "hyp")

@@ -153,6 +153,8 @@ def test_the_end_of_text_has_the_last_of_2048_ids() -> None:
 def test_too_little_text_for_a_vocabulary_is_an_error() -> None:
     with pytest.raises(InputError, match="use more text"):
         train_bpe(["a few words"])
+    with pytest.raises(InputError, match="--entries 10 must be at least 257"):
+        train_bpe(["a few words"], 10)
 
 
 @settings(max_examples=50)

@@ -66,6 +66,7 @@ GROUPS = {
             f"adapter_h:dim=32,{ADAPTERS}",
             f"prefix:length=5,{ADAPTERS}",
             f"lora:r=4,{LORA}",
+            f"lora:r=4,targets=all,{LORA}",
         )
     ),  # fmt: skip
     "ranks": Group(tuple(f"lora:r={rank},{LORA}" for rank in (1, 4, 16, 64))),

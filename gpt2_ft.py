@@ -169,7 +169,10 @@ def optimizer_step(run: Run, rows: list[list[int]]) -> StepResult:
         nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
     run.updates.take(norm)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=run.graphs is None)
+    if run.graphs is None:
+        run.optimizer.zero_grad()  # apex's takes no argument
+    else:
+        run.graphs.zero_gradients()
     own = torch.stack((norm, plain_sum, smoothed_sum)).to(sums.dtype)
     tokens = int(sum(run.train.lengths[micro].sum() for micro in rows))
     return StepResult(sum(counts), tokens, Arriving(torch.cat((own, sums[1:]))))

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import gpt2_ft
 import gpu
+import optimizer
 from common.errors import InputError
 from data_utils import EpochSampler, FT_Dataset
 from training import setup
@@ -98,6 +99,29 @@ def test_deferred_updates_of_torchs_optimizer_are_those_it_takes_when_checked(ti
         torch.allclose(t, expected[k], atol=1e-6) for k, t in load_file(deferred / name).items()
     )
     assert State.read(deferred / "state.pt").progress == State.read(checked / "state.pt").progress
+
+
+class FusedAdam(torch.optim.AdamW):
+    """torch's AdamW with the methods of NVIDIA's."""
+
+    def __init__(self, *arguments: object, adam_w_mode: bool, **settings: object) -> None:
+        assert adam_w_mode
+        super().__init__(*arguments, **settings)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+
+
+def test_a_run_calls_the_optimizer_of_apex_as_it_can_be_called(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "_fused_adam", lambda on_cuda: FusedAdam)
+    flags = "--lora_dropout", 0, "--max_step", 3
+    found = main(tiny, "apex", *flags, "--optimizer", "apex", deferred=False)
+    expected = main(tiny, "torch", *flags, "--optimizer", "torch", deferred=False)
+    name = "model.3.safetensors"
+    ours, theirs = load_file(found / name), load_file(expected / name)
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
 @pytest.mark.parametrize("first", [True, False])

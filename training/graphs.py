@@ -50,8 +50,14 @@ class Graphs:
         self.seen: Counter[tuple[int, ...]] = Counter()
         self.recorded: dict[tuple[int, ...], Recorded] = {}
         self.pool = new_pool()
+        self.gradients: list[Tensor] = []
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
+            self.gradients.append(parameter.grad)
+
+    def zero_gradients(self) -> None:
+        """Fill the gradients with zeros, where they are."""
+        torch._foreach_zero_(self.gradients)
 
     def run(self, passes: Passes, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
         """Do the passes of a batch on the host; the losses stay until a graph is replayed again."""

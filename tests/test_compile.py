@@ -59,13 +59,20 @@ def test_adapters_of_compiled_and_plain_runs_take_each_others_place(tiny: Tiny) 
 
 
 @pytest.mark.parametrize(
-    ("device", "message"),
-    [("cpu", "needs a C.. compiler"), ("cuda", "needs triton"), ("mps", "for CPUs and CUDA")],
+    ("device", "triton", "message"),
+    [
+        ("cpu", None, r"needs a C\+\+ compiler, and there is no no-such-compiler"),
+        ("cuda", None, "needs triton"),
+        ("cuda", "there", "needs a C compiler, and there is no gcc or clang"),
+        ("mps", None, "for CPUs and CUDA"),
+    ],
 )
 def test_without_a_compiler_nothing_begins(
-    device: str, message: str, monkeypatch: pytest.MonkeyPatch
+    device: str, triton: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: triton)
     with pytest.raises(InputError, match=message):
         setup.check_compiler(torch.device(device))

@@ -6,6 +6,7 @@ operations again, in the memory and with the numbers of the recording, as they d
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -220,6 +221,35 @@ def test_a_batch_that_is_filled_up_has_the_same_loss_and_gradients(
         loss.backward()
         outcomes.append([plain, loss, *(p.grad for p in model.parameters())])
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-5)
+
+
+def accumulator(parameter: Tensor) -> torch.autograd.graph.Node:
+    """What adds up the parameter's gradient: the one that is there, or a new one."""
+    with torch.enable_grad():
+        return parameter.view_as(parameter).grad_fn.next_functions[0][0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_nothing_that_adds_up_gradients_outlives_its_passes(
+    method: str, compiled: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is left of passes that are not recorded would launch its work on their stream, which
+    a recording does not see."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run = make_run(tiny, METHODS.get(method, WITH_DROPOUT), *["--compile"] * compiled)
+    parameters, batch = list(run.trained.values()), run.train.batch([0, 1])
+
+    def mark(*_: object) -> None:
+        for parameter in parameters:
+            accumulator(parameter).metadata["seen"] = True
+
+    run.model.register_forward_hook(mark)
+    gpt2_ft.forward_backward(run, batch, torch.ones(()))
+    assert not [p for p in parameters if "seen" in accumulator(p).metadata]
+    node = accumulator(parameters[0])  # otherwise this test could not fail
+    mark()
+    assert node.metadata["seen"] and "seen" in accumulator(parameters[0]).metadata
 
 
 class Of:

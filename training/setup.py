@@ -216,10 +216,14 @@ def check_compiler(device: torch.device) -> None:
         raise InputError("--compile is for CPUs and CUDA devices; leave it out")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise InputError("--compile needs triton, which is not installed; leave it out")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
+    language, variable, usual = "C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    if device.type == "cuda":  # triton's own choice, for what launches its kernels
+        language, variable, usual = "C", "CC", ["gcc", "clang"]
+    compilers = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(map(shutil.which, compilers)):
         raise InputError(
-            f"--compile needs a C++ compiler, and there is no {compiler}; leave it out"
+            f"--compile needs a {language} compiler, and there is no {' or '.join(compilers)}; "
+            "leave it out"
         )
 
 

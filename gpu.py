@@ -103,6 +103,10 @@ class Runtime:
             return batch.map(lambda tensor: tensor.to(self.device))
         return batch.map(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True))
 
+    def fill(self, own: Tensor, given: Tensor) -> None:
+        """Copy a tensor on the host over one on the device, as `to_device` does."""
+        own.copy_(given.pin_memory() if own.is_cuda else given, non_blocking=True)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the model as it is trained: itself, or in DistributedDataParallel in a group."""
         if not dist.is_initialized():

@@ -61,24 +61,27 @@ class Graphs:
 
     def run(self, passes: Passes, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
         """Do the passes of a batch on the host; the losses stay until a graph is replayed again."""
-        batch = self.runtime.to_device(batch.filled(MULTIPLE))
-        # What only this batch has must not be recorded.
-        spans = Spans([], batch.spans.starts, self.bound)
-        batch = replace(batch, spans=spans, count=math.nan)
+        batch = batch.filled(MULTIPLE)
         size = len(batch.input_ids), len(batch.counted), len(batch.spans.starts)
         self.seen[size] += 1
         if size not in self.recorded:
+            sent = self._sent(batch)
             if self.seen[size] == 1 or len(self.recorded) == MOST:
-                return passes(batch, share)
-            self.recorded[size] = self._record(passes, batch, share)
+                return passes(sent, share)
+            self.recorded[size] = self._record(passes, sent, share.clone())
         graph = self.recorded[size]
         for own, given in zip(graph.batch.tensors(), batch.tensors(), strict=True):
-            own.copy_(given)
+            self.runtime.fill(own, given)
         graph.share.copy_(share)
         return graph.replay()
 
+    def _sent(self, batch: Batch) -> Batch:
+        """The batch on the device, without what only this one has and must not be recorded."""
+        batch = self.runtime.to_device(batch)
+        spans = Spans([], batch.spans.starts, self.bound)
+        return replace(batch, spans=spans, count=math.nan)
+
     def _record(self, passes: Passes, batch: Batch, share: Tensor) -> Recorded:
-        batch, share = batch.map(torch.clone), share.clone()
         return Recorded(batch, share, record(lambda: passes(batch, share), self.pool))
 
 

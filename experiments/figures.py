@@ -74,7 +74,6 @@ def draw_trained(axes: "Axes", methods: Sequence[Shown]) -> None:
             axes.axhline(mean, color="grey", linewidth=0.8)
             axes.axhline(CLOSE * mean, color="grey", linewidth=0.8, linestyle=":",
                          label=f"{CLOSE:.0%} of full fine-tuning")  # fmt: skip
-    axes.set_ylim(0, 1.1 * max(bleu for method in methods for bleu in method.bleus))
     axes.set(title="BLEU by size", xlabel="trained parameters", ylabel="BLEU")
 
 

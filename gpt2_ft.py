@@ -39,6 +39,7 @@ from training.flags import (
     add_output_flags,
     add_training_flags,
     add_validation_flags,
+    check_points_of_cycle,
     check_ranges,
     settle_method,
 )
@@ -84,7 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the flags, with the sample's own settings where neither data nor base is given."""
     parser = build_parser()
     parser.set_defaults(uses_sample=False)
-    parser.set_defaults(**settle_method(given_flags(parser, argv)))
+    given = given_flags(parser, argv)
+    check_points_of_cycle(given)
+    parser.set_defaults(**settle_method(given))
     args = parser.parse_args(argv)
     if not (args.train_data or args.init_checkpoint):
         sample = sample_settings()

@@ -79,11 +79,7 @@ def add_optimizer_params(parser: argparse.ArgumentParser) -> None:
     )
     add("--no_correct_bias", dest="correct_bias", action="store_false", help="It is not corrected.")
     add("--i_steps", default="0", help="For cycle: comma-separated steps, from 0 up. Default: 0.")
-    add(
-        "--i_lrs",
-        default="0.00025",
-        help="For cycle: the rate at each of --i_steps. Default: 0.00025.",
-    )
+    add("--i_lrs", default="0.00025", help="For cycle, which needs it: the rate at each of these.")
 
 
 class AdamW(Optimizer):

@@ -281,7 +281,7 @@ def test_cycle_is_linear_between_its_points_and_constant_behind() -> None:
         (["--scheduler", "noam"], "noam is unknown.*linear, cosine"),
         (["--warmup_step", "100"], "warmup_step 100 .* below the 100 steps"),
         (["--warmup_step", "-1"], "warmup_step -1"),
-        (["--scheduler", "cycle", "--i_steps", "0,x"], "comma-separated numbers"),
+        (["--scheduler", "cycle", "--i_steps", "0,x", "--i_lrs", "1"], "comma-separated numbers"),
         (
             ["--scheduler", "cycle", "--i_steps", "0,5", "--i_lrs", "1"],
             "one rate, 0 or more, per step",

@@ -71,7 +71,10 @@ def test_the_card_follows_from_the_base_and_a_contradiction_names_the_right_one(
     "flags, message",
     [
         (["--scheduler", "noam"], "--scheduler noam is unknown"),
-        (["--scheduler", "cycle", "--i_steps", "1"], "--i_steps 1"),
+        (["--scheduler", "cycle", "--i_steps", "1", "--i_lrs", "1"], "--i_steps 1"),
+        (["--scheduler", "cycle", "--i_steps", "0,5"], "--scheduler cycle needs --i_lrs"),
+        (["--i_lrs", "1e-3"], "--i_lrs is for --scheduler cycle"),
+        (["--i_steps", "0", "--scheduler", "linear"], "--i_steps is for --scheduler cycle"),
         (["--optimizer", "apex"], "--optimizer apex needs a CUDA device"),
         (["--no_correct_bias", "--optimizer", "torch"], "--no_correct_bias goes with"),
         (["--max_step", "5", "--warmup_step", "5"], "--warmup_step 5 .*below the 5 steps"),

@@ -165,6 +165,24 @@ def settle_method(given: Mapping[str, object]) -> dict[str, object]:
     return {"method": method} | own | prefix | settled
 
 
+def check_points_of_cycle(given: Mapping[str, object]) -> None:
+    """Refuse a cycle without its rates, and its points without it.
+
+    Args:
+        given: the flags on the command line, without defaults.
+
+    Raises:
+        InputError: says which flag is missing or without use.
+    """
+    if given.get("scheduler") == "cycle":
+        if "i_lrs" not in given:
+            raise InputError("--scheduler cycle needs --i_lrs, the rate at each of --i_steps")
+    elif points := [name for name in ("i_steps", "i_lrs") if name in given]:
+        raise InputError(
+            f"--{points[0]} is for --scheduler cycle; give that too, or leave --{points[0]} out"
+        )
+
+
 def _spelled_method(given: Mapping[str, object]) -> str:
     """The method that is given by --lora_dim, --train_bias and --train_top alone."""
     bias, top = given.get("train_bias", "none"), given.get("train_top", 0)

@@ -194,6 +194,9 @@ def _choose_device(name: str, place: process_group.Place) -> torch.device:
             f"{torch.cuda.device_count()}; start no more processes than that (--nproc_per_node)"
         )
     torch.cuda.set_device(place.local_rank)
+    # torch's first choice of attention on new GPUs takes tens of milliseconds to plan a new shape,
+    # and nearly every batch has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", place.local_rank)
 
 

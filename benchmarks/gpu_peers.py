@@ -60,7 +60,7 @@ def adapted(settings: Settings) -> nn.Module:
     """transformers' GPT-2 with random weights and peft's adapter of c_attn."""
     transformers: Any = import_module("transformers")
     peft: Any = import_module("peft")
-    reset_memory(settings.device)
+    as_torch_is(settings.device)
     own = settings.shape | WITHOUT_DROPOUT | {"attn_implementation": "sdpa"}
     base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**own))
     config = peft.LoraConfig(
@@ -68,6 +68,12 @@ def adapted(settings: Settings) -> nn.Module:
         fan_in_fan_out=True, task_type="CAUSAL_LM",
     )  # fmt: skip
     return peft.get_peft_model(base, config).to(settings.device).train()
+
+
+def as_torch_is(device: torch.device) -> None:
+    """Leave the choice of attention to torch again, and the memory to the next."""
+    reset_memory(device)
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def reset_memory(device: torch.device) -> None:
@@ -113,6 +119,7 @@ def peft(settings: Settings) -> dict[str, float]:
 
 def sft(settings: Settings) -> dict[str, float]:
     """trl's trainer, as `sft_trainer` makes it, by its own loop."""
+    import_module("trl")  # before a model is made for it
     needed = settings.batch * (settings.warm_up + settings.steps)
     rows = list(itertools.islice(itertools.cycle(read_json_lines(settings.data)), needed))
     clock = Clock(settings)
@@ -202,7 +209,7 @@ def generate(
 ) -> dict[str, float]:
     """transformers' beam search of random weights in the precision, after a warm-up."""
     transformers: Any = import_module("transformers")
-    reset_memory(device)
+    as_torch_is(device)
     config = transformers.GPT2Config(**shape, attn_implementation="sdpa")
     model = transformers.GPT2LMHeadModel(config).to(device, gpu.AUTOCAST.get(precision)).eval()
     rows = [torch.tensor(context) for context in contexts]

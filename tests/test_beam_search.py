@@ -516,7 +516,7 @@ def test_decoding_leaves_out_the_attention_that_plans_each_length_and_puts_it_ba
 
     monkeypatch.setattr(model, "decode_step", decode_step)
     for _ in range(2):
-        assert torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(True)
         complete(model, ragged_prompts(2), replace(settings, end_ids=(3,)))
     assert seen and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
 

@@ -161,6 +161,7 @@ def set_launcher(monkeypatch: pytest.MonkeyPatch, **variables: object) -> None:
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
     """Let this machine seem to have GPUs; returns the list of devices chosen."""
     chosen: list[int] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
     fakes = {
         "is_available": lambda: True,
         "device_count": lambda: count,
@@ -169,6 +170,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return chosen
+
+
+def test_attention_that_plans_each_shape_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda(monkeypatch, 1)
+    chosen: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+    gpu.parse_gpu(gpu_arguments())
+    assert chosen == [False]
 
 
 def test_the_device_is_the_local_rank_on_every_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,7 +253,8 @@ def check_settings(state: State, header: AdapterHeader, scoring: Scoring) -> Non
         first = changed[0]
         raise InputError(
             f"--resume: {', '.join(changed)} changed since the run was started ({first} was "
-            f"{then.get(first)}, is {now.get(first)}); put it back, or give --resume_anyway"
+            f"{then.get(first)}, is {now.get(first)}); repeat its command, whose flags are in its "
+            "run.json, or give --resume_anyway"
         )
 
 

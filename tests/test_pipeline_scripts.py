@@ -166,7 +166,7 @@ def test_each_method_has_its_published_recipe(name: str, checkout: Path) -> None
     # The vocabulary is the nano base's, of 2,048 entries.
     trained -= (50_257 - 2_048) * 1024 if method == "full" else 0
     assert f"gpt2.md: {trained:,} trainable parameters" in done.stdout
-    assert f"rows in steps of {batch}, 1 step an epoch, {epochs} in all, 0 of them" in done.stdout
+    assert f" in steps of {batch}, 1 step an epoch, {epochs} in all, 0 of them" in done.stdout
     assert f"into runs/{task}-{method}/train" in done.stdout
 
 

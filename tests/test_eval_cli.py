@@ -296,7 +296,7 @@ def test_numbered_references_are_not_overwritten(tmp_path):
 
 def test_unequal_counts_name_files_and_items(e2e, tmp_path):
     (tmp_path / "hyp.txt").write_text("only one\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"hyp.txt has 1 outputs, .*refs.txt has 3 items"):
+    with pytest.raises(InputError, match=r"hyp.txt has 1 lines, .*refs.txt has 3 items"):
         evaluate.main([*e2e, *NO_JAVA])
 
 

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 import gpt2_ft
 from benchmarks import common
 from benchmarks.train_peers import start_run
+from common.errors import Parser
+from common.errors import run as run_program
 from common.files import read_json_lines
 
 NAMES = ("ours", "ours-hf", "transformers")
@@ -38,7 +40,7 @@ ORIGINAL_OVER_TRANSFORMERS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--size", choices=common.SIZES, default="sm", help="default: %(default)s")
     add("--rounds", type=int, default=3, help="in which every peer has its turn (default: 3)")
@@ -52,16 +54,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_trained_base(args: argparse.Namespace, path: Path) -> None:
-    """The small model, all its weights trained for a few hundred steps."""
-    common.write_random_base(args.size, path)
+def write_trained_base(size: str, count: int, path: Path) -> None:
+    """A model of random weights, all of them trained for this many steps."""
+    common.write_random_base(size, path)
     _, rows = common.read_samples("valid", path.parent)
     run = start_run(
-        path.parent, train_data=rows, init_checkpoint=path, model_card=common.SIZES[args.size],
-        lora_dim=0, lr=1e-3, max_step=args.train_steps, warmup_step=min(20, args.train_steps - 1),
+        path.parent, train_data=rows, init_checkpoint=path, model_card=common.SIZES[size],
+        lora_dim=0, lr=1e-3, max_step=count, warmup_step=min(20, count - 1),
     )  # fmt: skip
     steps = (batch for epoch in range(1, 99) for batch in run.sampler.steps(epoch))
-    for _, batch in zip(range(args.train_steps), steps, strict=False):
+    for _, batch in zip(range(count), steps, strict=False):
         loss = gpt2_ft.optimizer_step(run, batch).loss
     print(f"the small model's last loss: {loss:.3f}")
     save_file(run.model.state_dict(), path)
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
         base = folder / "base.safetensors"
         if args.size == "small":
-            write_trained_base(args, base)
+            write_trained_base(args.size, args.train_steps, base)
         else:
             common.write_random_base(args.size, base)
         source, test = common.read_samples("test", folder)
@@ -151,4 +153,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

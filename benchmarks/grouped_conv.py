@@ -7,7 +7,6 @@ products of loralib/. Each takes the same (tokens, parts · r) from A, forward a
 and gradients must agree. The result goes to results/bench/.
 """
 
-import argparse
 import os
 from time import perf_counter
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common
+from common.errors import Parser, run
 
 WIDTHS = {"sm": 768, "md": 1024}
 TOKENS, PARTS = 480, 2  # a batch of E2E; query and value
@@ -80,7 +80,7 @@ def measure(width: int, rank: int, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--ranks", type=int, nargs="+", default=(4, 64), help="default: 4 and 64")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
@@ -99,4 +99,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

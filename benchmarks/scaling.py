@@ -6,7 +6,6 @@ One thing is varied at a time about a middle: 8 rows of 64 tokens, r 4; 8 contex
 beam 10, 16 new tokens. All cases take turns. The result goes to results/bench/.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -22,6 +21,7 @@ import torch
 import gpu
 import loralib as lora
 from benchmarks import common
+from common.errors import Parser, run
 from decoding.beam_search import SearchSettings, beam_search
 from decoding.packed import pack
 from model import GPT2Config, GPT2LMModel
@@ -108,7 +108,7 @@ def train_by_processes(processes: int, folder: Path) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=common.SIZES, default="small", help="default: small")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
@@ -133,4 +133,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

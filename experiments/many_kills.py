@@ -9,7 +9,6 @@ a kill costs a second, and most strike while files are read, trained on or writt
 table; exit code 1 where bytes differ. POSIX only.
 """
 
-import argparse
 import os
 import random
 import signal
@@ -143,7 +142,7 @@ def attack(case: Case, folder: Path, kills: int, draw: random.Random) -> tuple[i
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = errors.Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=300, help="over all cases (default: 300)")
     parser.add_argument("--seed", type=int, default=1, help="of the instants (default: 1)")
     args = parser.parse_args(argv)
@@ -162,4 +161,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(main)

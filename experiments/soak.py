@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import Parser, run
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LAUNCHER += ["--max-restarts", "1000"]
@@ -247,9 +249,7 @@ def write_rows(path: Path) -> None:
 
 def main() -> int:
     """Run the soak; returns 1 where bytes differ."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000, help="of each run (default: 2000)")
     parser.add_argument("--kills", type=int, default=20, help="of each killed run (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
@@ -269,4 +269,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -68,7 +68,7 @@ def choose_base(
     args: argparse.Namespace, adapters: Iterable[FoundAdapter]
 ) -> tuple[str, str | None]:
     """Return base and vocabulary: those given, or those of the first adapter's run."""
-    run = next(filter(None, map(checkpoints.run_paths, adapters)), {})
+    run = checkpoints.run_paths(adapters)
     base = args.init_checkpoint or run.get("init_checkpoint")
     if not base:
         raise InputError("--init_checkpoint is missing: an adapter means nothing without its base")

@@ -7,7 +7,7 @@ An adapter file is `.safetensors` with exactly the trained tensors, and one meta
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,9 +128,13 @@ def read_adapter(
     return header, tensors
 
 
-def run_paths(adapter: FoundAdapter) -> dict[str, str]:
-    """Return base and vocabulary, `init_checkpoint` and `vocab`, of the training run that an
+def run_paths(adapters: Iterable[FoundAdapter]) -> dict[str, str]:
+    """Return base and vocabulary, `init_checkpoint` and `vocab`, of the training run that the first
     adapter of a work_dir comes from, by its run.json; empty where there is none."""
+    return next(filter(None, map(_paths_of_run, adapters)), {})
+
+
+def _paths_of_run(adapter: FoundAdapter) -> dict[str, str]:
     record = (adapter.path if adapter.path.is_dir() else adapter.path.parent) / "run.json"
     try:
         flags = json.loads(record.read_text(encoding="utf-8"))["settings"]

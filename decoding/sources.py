@@ -71,8 +71,7 @@ def choose_sources(
         task: checkpoints.find_adapter(name) if name else None
         for task, name in name_adapters(adapter).items()
     }
-    runs = (checkpoints.run_paths(found) for found in adapters.values() if found)
-    run = next(filter(None, runs), {})
+    run = checkpoints.run_paths(filter(None, adapters.values()))
     sample = {} if data or init_checkpoint else sample_settings()
     base = init_checkpoint or run.get("init_checkpoint") or sample.get("init_checkpoint")
     data = "" if prompts else data or sample.get("test_data")

@@ -4,6 +4,7 @@ import builtins
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -305,7 +306,11 @@ class Terminal:
             stdout=subprocess.PIPE if pipe else theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=lambda: (
+                fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                # Tests that a shell runs in the background would pass on that it is ignored.
+                signal.signal(signal.SIGINT, signal.SIG_DFL),
+            ),
         )
         os.close(theirs)
         self.read()
